@@ -1,0 +1,1 @@
+"""The QED image format (qed_spec): layout, tables, image, check."""

@@ -1,0 +1,1 @@
+"""An NBD server for any BlockDevice: listener, connection, export."""

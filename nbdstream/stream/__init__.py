@@ -1,0 +1,1 @@
+"""The stream: source, fetches in flight, hydrator, throttle, and the job that runs them."""
