@@ -23,6 +23,10 @@ class SourceError(NbdstreamError):
     """The source cannot be reached, refuses, is no NBD server, or is not the one it was."""
 
 
+class WrongSourceError(SourceError):
+    """The source is there, but it is another disk than the one that the overlay belongs to."""
+
+
 class ListenError(NbdstreamError):
     """The server cannot listen where it was told to: the port or the socket is in use."""
 

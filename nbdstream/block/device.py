@@ -72,7 +72,7 @@ class BlockDevice(ABC):
         """Forget the range (NBD_CMD_TRIM): a hint, which may be rounded inwards or ignored."""
         raise read_only_error()
 
-    async def flush(self) -> None:  # noqa: B027: nothing to do where nothing is ever written
+    async def flush(self) -> None:  # noqa: B027 - nothing to do where nothing is written
         """Make every write that was answered before this call durable."""
 
     @abstractmethod

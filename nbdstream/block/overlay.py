@@ -1,0 +1,430 @@
+"""A QED image as a device, layered on what lies below it: the backing file, or a source that is streamed from.
+
+This is the only place that knows which of the two answers for a cluster, and that merges a partial write with what
+lies below. Everything that decides happens on the event loop, between two awaits; so "write if still
+unallocated" is atomic without a lock. What must not happen at the same time in one cluster (two writes that both
+allocate it, a discard during one) is kept apart by marking the cluster *busy*.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from nbdstream.block.device import BlockDevice, Buffer, WriteDone, read_only_error
+from nbdstream.block.qed.tables import UNALLOCATED, ZERO
+from nbdstream.extents import Extent, ExtentFlags, merge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from bitarray import bitarray
+
+    from nbdstream.block.qed.image import QedImage
+
+_ZEROES = memoryview(bytes(1 << 20))
+
+_EXTENTS_AT_ONCE = 1024
+"""Extents that one call returns at most; a reply of more helps nobody, and the loop must not stand still."""
+
+_CLUSTERS_AT_ONCE = 512
+"""Clusters changed before others get a turn on the loop."""
+
+
+class Keeper(Protocol):
+    """Who makes remote clusters local when somebody needs them (copy-on-read)."""
+
+    async def keep(self, first: int, behind: int) -> None:
+        """Make the remote ones among clusters ``first .. behind-1`` local, or leave them (a full disk).
+
+        Raises OSError if their contents cannot be had.
+        """
+
+
+class Overlay(BlockDevice):
+    """A QED image over another device, or over nothing.
+
+    Reads come from the image where it has a cluster, else from below, else they are zeroes. Writes go to the image.
+    """
+
+    preferred_block = 65536
+
+    def __init__(self, image: QedImage, below: BlockDevice | None = None) -> None:
+        self.image = image
+        self.below = below
+        self.size = image.size
+        self.read_only = image.read_only
+        self.preferred_block = min(image.cluster_size, 65536)
+        self.keeper: Keeper | None = None
+        self.remote: bitarray | None = None
+        """While streaming: the clusters that are unallocated and not known to read as zero. None: all that are
+        unallocated may be below."""
+        self.remote_count = 0
+        """How many bits of ``remote`` are set."""
+        self._cluster_size = image.cluster_size
+        self._busy: dict[int, asyncio.Future[None]] = {}
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def read_now(self, offset: int, length: int) -> Sequence[Buffer] | None:
+        """Answer if all of it is local and in memory, or known to be zero."""
+        cluster, within = divmod(offset, self._cluster_size)
+        if within + length <= self._cluster_size:
+            return self._read_cluster_now(cluster, within, length)
+        buffers: list[Buffer] = []
+        for cluster, within, count in self._pieces(offset, length):
+            piece = self._read_cluster_now(cluster, within, count)
+            if piece is None:
+                return None
+            buffers.extend(piece)
+        return buffers
+
+    def _read_cluster_now(self, cluster: int, within: int, length: int) -> Sequence[Buffer] | None:
+        entry = self.image.entry_now(cluster)
+        if entry is None:
+            return None
+        if entry > ZERO:
+            view = self.image.view_now(entry + within, length)
+            return None if view is None else (view,)
+        if entry == ZERO or not self._is_below(cluster):
+            return zero_buffers(length)
+        return None
+
+    async def read(self, offset: int, length: int) -> Sequence[Buffer]:
+        """Read; what is remote is kept, if somebody keeps it."""
+        if self.keeper:
+            await self.keeper.keep(offset // self._cluster_size, -(-(offset + length) // self._cluster_size))
+        buffers: list[Buffer] = []
+        end = offset + length
+        while offset < end:
+            entry, run = await self._run(offset, end - offset)
+            if entry > ZERO:
+                buffers.append(await self.image.view(entry, run))
+            elif entry == ZERO:
+                buffers.extend(zero_buffers(run))
+            else:
+                buffers.extend(await self._read_below(offset, run))
+            offset += run
+        return buffers
+
+    async def _run(self, offset: int, length: int) -> tuple[int, int]:
+        """Return (where, bytes) of what begins at ``offset`` and lies together.
+
+        *where* is an offset in the file, or ZERO, or UNALLOCATED for what is below.
+        """
+        cluster, within = divmod(offset, self._cluster_size)
+        clusters = -(-(within + length) // self._cluster_size)
+        entry, count = await self.image.run(cluster, clusters)
+        if entry == UNALLOCATED:
+            below = self._is_below(cluster)
+            count = self._same_below(cluster, count, below=below)
+            entry = UNALLOCATED if below else ZERO
+        where = entry + within if entry > ZERO else entry
+        return where, min(length, count * self._cluster_size - within)
+
+    def _is_below(self, cluster: int) -> bool:
+        """Whether an unallocated cluster is to be asked for below (else it reads as zero)."""
+        if self.remote is not None:
+            return bool(self.remote[cluster])
+        return self.below is not None
+
+    def _same_below(self, cluster: int, count: int, *, below: bool) -> int:
+        """Return how many of ``count`` unallocated clusters are below, or are not, like the first."""
+        if self.remote is None:
+            return count
+        other = self.remote.find(not below, cluster, cluster + count)
+        return count if other < 0 else other - cluster
+
+    async def _read_below(self, offset: int, length: int) -> Sequence[Buffer]:
+        """Read from below; behind its end there are zeroes."""
+        if self.below is None:  # it was taken away meanwhile: what is still unallocated reads as zero
+            return zero_buffers(length)
+        inside = max(0, min(length, self.below.size - offset))
+        if not inside:
+            return zero_buffers(length)
+        buffers = self.below.read_now(offset, inside)
+        if buffers is None:
+            buffers = await self.below.read(offset, inside)
+        return [*buffers, *zero_buffers(length - inside)]
+
+    # -- writing ----------------------------------------------------------------------------------------------
+
+    def write_now(self, offset: int, data: Buffer, done: WriteDone) -> bool:
+        """Take a write into clusters that are allocated, linked, and one behind the other."""
+        start = position = -1
+        image = self.image
+        for cluster, within, count in self._pieces(offset, len(data)):
+            entry = image.entry_now(cluster)
+            if not entry or entry == ZERO or cluster in self._busy or cluster in image.unlinked:
+                return False
+            if start < 0:
+                start = position = entry + within
+            elif entry != position:
+                return False
+            position += count
+        return image.write_now(start, data, done)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write; returns when the clusters it went to are linked (DESIGN: acknowledged survives us)."""
+        if self.read_only:
+            raise read_only_error()
+        view = memoryview(data)
+        linked = True
+        while view:
+            cluster, within = divmod(offset, self._cluster_size)
+            whole = self._whole_clusters(offset, len(view))
+            if whole:
+                taken = await self._write_whole(cluster, whole, view)
+            else:
+                taken = min(len(view), self._cluster_size - within)
+                await self._write_part(cluster, within, view[:taken])
+            linked = linked and cluster not in self.image.unlinked
+            offset += taken
+            view = view[taken:]
+        if not linked:
+            await self.image.linked()
+
+    def _whole_clusters(self, offset: int, length: int) -> int:
+        """Return how many clusters from ``offset`` on are covered; the last one of the device ends with it."""
+        if offset % self._cluster_size:
+            return 0
+        if offset + length == self.size:
+            return -(-length // self._cluster_size)
+        return length // self._cluster_size
+
+    async def _write_whole(self, cluster: int, count: int, data: memoryview) -> int:
+        """Write some of ``count`` whole clusters, which ``data`` begins with; return how many bytes."""
+        entry = await self._settled_entry(cluster)
+        if entry > ZERO:
+            taken = min(len(data), self._cluster_size)
+            await self.image.write(entry, [data[:taken]])
+            return taken
+        free = self._unallocated_run(cluster, count)
+        offset, got = self.image.allocate(cluster, free)
+        taken = min(len(data), got * self._cluster_size)
+        with self._mark_busy(cluster, got):
+            await self._fill(offset, got, [data[:taken]])
+            for index in range(got):
+                await self._map(cluster + index, offset + index * self._cluster_size)
+        return taken
+
+    def _unallocated_run(self, cluster: int, count: int) -> int:
+        """Return how many clusters, ``cluster`` among them, can be allocated together now."""
+        for index in range(1, count):
+            entry = self.image.entry_now(cluster + index)
+            if entry is None or entry > ZERO or cluster + index in self._busy:
+                return index
+        return count
+
+    async def _write_part(self, cluster: int, within: int, data: memoryview) -> None:
+        """Write a part of one cluster; around it stays what was there, wherever that is."""
+        while True:
+            entry = await self._settled_entry(cluster)
+            if entry > ZERO:
+                await self.image.write(entry + within, [data])
+                return
+            start = cluster * self._cluster_size
+            head, tail = (start, within), (start + within + len(data), self._cluster_size - within - len(data))
+            if entry == UNALLOCATED and self._is_below(cluster):
+                if self.keeper:
+                    await self.keeper.keep(cluster, cluster + 1)
+                    if not self._is_below(cluster):
+                        continue
+                around = [await self._edge_below(*head), await self._edge_below(*tail)]
+                if cluster in self._busy or self.image.entry_now(cluster) != entry:
+                    continue  # somebody allocated it while we read
+            else:
+                around = [zero_buffers(head[1]), zero_buffers(tail[1])]
+            await self._allocate_part(cluster, [*around[0], data, *around[1]])
+            return
+
+    async def _edge_below(self, offset: int, length: int) -> Sequence[Buffer]:
+        """Return what lies below beside a partial write; zeroes behind the end of the device."""
+        inside = max(0, min(length, self.size - offset))
+        buffers = await self._read_below(offset, inside) if inside else ()
+        return [*buffers, *zero_buffers(length - inside)]
+
+    async def _allocate_part(self, cluster: int, buffers: list[Buffer]) -> None:
+        offset, _ = self.image.allocate(cluster, 1)
+        with self._mark_busy(cluster, 1):
+            await self._fill(offset, 1, buffers)
+            await self._map(cluster, offset)
+
+    async def _fill(self, offset: int, count: int, buffers: list[Buffer]) -> None:
+        """Write newly allocated clusters whole, and give them back if that fails."""
+        missing = count * self._cluster_size - sum(len(buffer) for buffer in buffers)
+        try:
+            await self.image.write(offset, [*buffers, *zero_buffers(missing)])
+        except BaseException:
+            self.image.release(offset, count)
+            raise
+
+    async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool, fast_only: bool = False) -> None:
+        """Make zero clusters; parts of clusters, and all of it if nothing may be unmapped, are written."""
+        if self.read_only:
+            raise read_only_error()
+        if fast_only and (not may_unmap or self._whole_range(offset, length) != (offset, length)):
+            raise OSError(errno.ENOTSUP, "only whole clusters are zeroed fast")
+        start, whole = self._whole_range(offset, length) if may_unmap else (offset, 0)
+        await self._write_zero_bytes(offset, start - offset)
+        await self._zero_clusters(start, whole)
+        await self._write_zero_bytes(start + whole, offset + length - start - whole)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Make zero clusters of whole ones (not unallocated ones: what is below would show); leave parts alone."""
+        if self.read_only:
+            raise read_only_error()
+        await self._zero_clusters(*self._whole_range(offset, length))
+
+    def _whole_range(self, offset: int, length: int) -> tuple[int, int]:
+        """Return (offset, length) of the whole clusters in a range."""
+        start = -(-offset // self._cluster_size) * self._cluster_size
+        end = offset + length
+        if end < self.size:
+            end -= end % self._cluster_size
+        return (start, end - start) if end > start else (min(start, offset + length), 0)
+
+    async def _write_zero_bytes(self, offset: int, length: int) -> None:
+        for position in range(offset, offset + length, len(_ZEROES)):
+            await self.write(position, _ZEROES[: min(len(_ZEROES), offset + length - position)])
+
+    async def _zero_clusters(self, offset: int, length: int) -> None:
+        if not length:
+            return
+        first, behind = offset // self._cluster_size, -(-(offset + length) // self._cluster_size)
+        for cluster in range(first, behind):
+            entry = await self._settled_entry(cluster)
+            if entry > ZERO or (entry == UNALLOCATED and self._is_below(cluster)):
+                await self._map(cluster, ZERO)
+            if (cluster - first) % _CLUSTERS_AT_ONCE == _CLUSTERS_AT_ONCE - 1:
+                await asyncio.sleep(0)
+        if self.image.unlinked:
+            await self.image.linked()
+
+    async def _settled_entry(self, cluster: int) -> int:
+        """Return the entry of a cluster that nobody is busy with; true until the next await."""
+        while True:
+            if busy := self._busy.get(cluster):
+                await asyncio.shield(busy)
+                continue
+            entry = self.image.entry_now(cluster)
+            if entry is not None:
+                return entry
+            await self.image.load_entry(cluster)
+
+    async def _map(self, cluster: int, entry: int) -> None:
+        """Let a cluster lead elsewhere from now on. No await happens once its present entry is known."""
+        while (present := self.image.entry_now(cluster)) is None:
+            await self.image.load_entry(cluster)
+        self._localize(cluster)
+        self.image.map(cluster, entry, replaced=present if present > ZERO else 0)
+
+    def _localize(self, cluster: int) -> None:
+        if self.remote is not None and self.remote[cluster]:
+            self.remote[cluster] = 0
+            self.remote_count -= 1
+
+    def hold(self, cluster: int) -> AbstractContextManager[None] | None:
+        """Keep a cluster as it is until the context ends (see :class:`nbdstream.block.qed.tidy.Guard`)."""
+        return None if cluster in self._busy else self._mark_busy(cluster, 1)
+
+    @contextmanager
+    def _mark_busy(self, cluster: int, count: int) -> Iterator[None]:
+        """Keep everybody else from allocating or discarding these clusters."""
+        free = asyncio.get_running_loop().create_future()
+        clusters = range(cluster, cluster + count)
+        self._busy.update(dict.fromkeys(clusters, free))
+        try:
+            yield
+        finally:
+            for each in clusters:
+                del self._busy[each]
+            free.set_result(None)
+
+    async def flush(self) -> None:
+        """Make every answered write durable: one barrier, since an answered write is linked."""
+        await self.image.flush()
+
+    # -- streaming --------------------------------------------------------------------------------------------
+
+    def adopt(self, cluster: int, place: int, count: int, zero: int) -> None:
+        """Take over fetched clusters: those only that are still remote.
+
+        They lie one behind the other at ``place`` in the file, but for those whose bit is set in ``zero`` (bit i: the
+        i-th): these were all zero and not written. What is not needed is given back to the image.
+        """
+        remote = self.remote
+        for index in range(count):
+            wanted = remote is not None and remote[cluster + index]
+            stored = wanted and not zero >> index & 1
+            if wanted:
+                self._localize(cluster + index)
+                self.image.map(cluster + index, place if stored else ZERO)
+            if not stored:
+                self.image.release(place, 1)
+            place += self._cluster_size
+
+    def reads_zero(self, first: int, behind: int) -> None:
+        """Note that the source says these clusters read as zero: they need not be fetched, nor allocated."""
+        if self.remote is not None:
+            self.remote_count -= self.remote.count(1, first, behind)
+            self.remote[first:behind] = 0
+
+    def become_independent(self) -> None:
+        """Forget what is below. No cluster is remote any more."""
+        self.below = self.keeper = self.remote = None
+
+    # -- describing -------------------------------------------------------------------------------------------
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """Describe the range; a cluster that is still remote is described without asking the source."""
+        found: list[Extent] = []
+        end = offset + length
+        while offset < end and len(found) < _EXTENTS_AT_ONCE:
+            found.extend(await self._extents_of_run(offset, end - offset))
+            offset = found[-1].end
+        return list(merge(found))
+
+    async def _extents_of_run(self, offset: int, length: int) -> list[Extent]:
+        cluster, within = divmod(offset, self._cluster_size)
+        entry, count = await self.image.run(cluster, -(-(within + length) // self._cluster_size))
+        below = entry == UNALLOCATED and self._is_below(cluster)
+        if entry == UNALLOCATED:
+            count = self._same_below(cluster, count, below=below)
+        length = min(length, count * self._cluster_size - within)
+        if below:
+            return await self._extents_below(offset, length)
+        if entry > ZERO:
+            return [Extent(offset, length, ExtentFlags.DATA)]
+        return [Extent(offset, length, ExtentFlags.HOLE | ExtentFlags.ZERO, depth=0 if entry == UNALLOCATED else 1)]
+
+    async def _extents_below(self, offset: int, length: int) -> list[Extent]:
+        if self.remote is not None:
+            return [Extent(offset, length, ExtentFlags.REMOTE, depth=2)]
+        if self.below is None or offset >= self.below.size:
+            return [Extent(offset, length, ExtentFlags.HOLE | ExtentFlags.ZERO, depth=0)]
+        extents = await self.below.extents(offset, min(length, self.below.size - offset))
+        return [extent._replace(depth=extent.depth + 1 if extent.depth else 0) for extent in extents]
+
+    async def close(self) -> None:
+        """Close the image, and what is below."""
+        await self.image.close()
+        if self.below:
+            await self.below.close()
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Split a range at the cluster boundaries: (cluster, offset within it, bytes)."""
+        cluster, within = divmod(offset, self._cluster_size)
+        while length:
+            count = min(length, self._cluster_size - within)
+            yield cluster, within, count
+            length -= count
+            cluster, within = cluster + 1, 0
+
+
+def zero_buffers(length: int) -> list[memoryview]:
+    """Return buffers that together hold ``length`` zero bytes."""
+    whole, rest = divmod(length, len(_ZEROES))
+    return [_ZEROES] * whole + ([_ZEROES[:rest]] if rest else [])

@@ -1,0 +1,214 @@
+"""Data before metadata: how links to clusters get into the file.
+
+A *link* is an L2 entry that leads to a cluster. An epoch takes all links that were asked for since the last one began
+(their data is written already, though not durable), and
+
+1. writes whole new L2 tables, which nothing refers to yet,
+2. makes everything so far durable with one ``fdatasync``, the *barrier*,
+3. writes the links into the page cache.
+
+The next barrier makes those links durable. So no link can reach the disk before what it leads to, in whatever
+order the kernel writes back, and a power cut leaves leaked clusters at worst. All that wait, share: a write waits for
+the end of its epoch, a flush for the barrier behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nbdstream.block.qed.space import Space
+    from nbdstream.block.qed.tables import Tables
+    from nbdstream.block.worker import Worker
+
+log = logging.getLogger(__name__)
+
+
+class Epochs:
+    """The links of one image that are on their way into its file."""
+
+    def __init__(
+        self,
+        fd: int,
+        tables: Tables,
+        space: Space,
+        table_clusters: int,
+        worker: Worker,
+        recycle: Callable[[list[int]], None],
+    ) -> None:
+        """``worker`` must be this object's alone: barriers take long.
+
+        ``recycle`` is called with the clusters that were replaced, once that is durable.
+        """
+        self._fd = fd
+        self._tables = tables
+        self._space = space
+        self._table_clusters = table_clusters
+        self._worker = worker
+        self._recycle = recycle
+        self._queue: list[tuple[int, int]] = []
+        self._replaced: list[int] = []
+        self._replaced_by_links_not_durable: list[int] = []
+        self._linkers: list[asyncio.Future[None]] = []
+        self._flushers: list[asyncio.Future[None]] = []
+        self._reserved: dict[int, int] = {}
+        self._nudged = False
+        self._running: asyncio.Task[None] | None = None
+        self.unlinked: dict[int, int] = {}
+        """Cluster to L2 entry, for every link that the tables in the file do not hold yet."""
+        self.failed: OSError | None = None
+        """Why the first failed barrier failed. After it nothing is ever linked again: what the kernel
+        still has of the unwritten pages, nobody knows."""
+
+    def add(self, cluster: int, entry: int, replaced: int = 0) -> None:
+        """Queue a link for the next epoch. ``replaced`` is the data cluster that nothing leads to any more, if any."""
+        self._queue.append((cluster, entry))
+        self.unlinked[cluster] = entry
+        if replaced:
+            self._replaced.append(replaced)
+
+    def reserve_table(self, cluster: int) -> None:
+        """Set the place of the L2 table aside that a link to ``cluster`` will need, if there is none yet.
+
+        Called before the cluster's data gets its place, so that tables lie in front of their data: what is
+        at the end of the file can then be moved, and the file cut.
+        """
+        index = self._tables.l1_index(cluster)
+        if not self._tables.l1[index] and index not in self._reserved:
+            self._reserved[index] = self._space.append(self._table_clusters)
+
+    def release_reserved(self) -> None:
+        """Give back the tables that were set aside and not needed yet."""
+        while self._reserved and not self._running:
+            self._space.release(self._reserved.popitem()[1], self._table_clusters)
+
+    @property
+    def backlog(self) -> int:
+        """How many links wait for an epoch to begin."""
+        return len(self._queue)
+
+    async def linked(self) -> None:
+        """Wait until every link queued before is in the page cache, its data durable. Raises OSError."""
+        await self._join(self._linkers)
+
+    async def flush(self) -> None:
+        """Wait until everything written and linked before is durable: one barrier. Raises OSError.
+
+        Links that are still queued are nobody's yet: a write is answered only when it is linked.
+        """
+        await self._join(self._flushers)
+
+    def nudge(self) -> None:
+        """Have an epoch run as soon as possible, without waiting for it."""
+        if not self.failed:
+            self._nudged = True
+            self._start()
+
+    async def close(self) -> None:
+        """Wait for the epoch that runs."""
+        if self._running:
+            await self._running
+
+    async def _join(self, waiters: list[asyncio.Future[None]]) -> None:
+        if self.failed:
+            raise _final(self.failed)
+        waiter = asyncio.get_running_loop().create_future()
+        waiters.append(waiter)
+        self._start()
+        await waiter
+
+    def _start(self) -> None:
+        if not self._running:
+            self._running = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        """Run epochs as long as anybody asks for them."""
+        try:
+            while (self._linkers or self._flushers or self._nudged) and not self.failed:
+                await asyncio.sleep(0)  # those who ask in the same iteration of the loop share the barrier
+                await self._epoch()
+        finally:
+            self._running = None
+
+    async def _epoch(self) -> None:
+        queue, self._queue = self._queue, []
+        replaced, self._replaced = self._replaced, []
+        # _join holds on to these lists: they are emptied, not exchanged.
+        linkers, flushers = self._linkers.copy(), self._flushers.copy()
+        self._linkers.clear()
+        self._flushers.clear()
+        self._nudged = False
+        try:
+            tables = await self._write_new_tables(queue)
+        except OSError as error:  # a full disk: the links stay queued, and what needs no new table goes on
+            self._queue[:0] = queue
+            self._replaced[:0] = replaced
+            _reject(linkers, error)
+            queue, replaced, linkers, tables = [], [], [], {}
+        try:
+            await self._worker.run(os.fdatasync, self._fd)
+            _resolve(flushers)
+            self._recycle_durably(replaced)
+            await self._link(tables, queue)
+            _resolve(linkers)
+        except OSError as error:
+            self._fail(error, linkers + flushers)
+
+    async def _write_new_tables(self, queue: list[tuple[int, int]]) -> dict[int, int]:
+        """Return the L2 tables that these links need and that did not exist: L1 index to file offset."""
+        l1, index_of = self._tables.l1, self._tables.l1_index
+        needed = {index_of(cluster): cluster for cluster, _ in queue}
+        missing = sorted(index for index in needed if not l1[index])
+        for index in missing:
+            self.reserve_table(needed[index])
+        tables = {index: self._reserved[index] for index in missing}
+        if tables:
+            await self._worker.run(self._tables.write_new_tables, tables, queue)
+        for index in missing:
+            del self._reserved[index]
+        return tables
+
+    def _recycle_durably(self, replaced: list[int]) -> None:
+        """Give back what the *last* epoch's links replaced: the barrier just passed made those links durable."""
+        earlier, self._replaced_by_links_not_durable = self._replaced_by_links_not_durable, replaced
+        if earlier:
+            self._recycle(earlier)
+
+    async def _link(self, tables: dict[int, int], queue: list[tuple[int, int]]) -> None:
+        if not queue:
+            return
+        await self._worker.run(self._tables.link, tables, queue)
+        self._tables.linked(tables, queue)
+        unlinked = self.unlinked
+        for cluster, entry in queue:
+            if unlinked.get(cluster) == entry:
+                del unlinked[cluster]
+
+    def _fail(self, error: OSError, waiters: list[asyncio.Future[None]]) -> None:
+        self.failed = error
+        log.critical("the image cannot be made durable (%s): nothing more will be linked to it", error)
+        _reject([*waiters, *self._linkers, *self._flushers], _final(error))
+        self._linkers.clear()
+        self._flushers.clear()
+
+
+def _resolve(waiters: list[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+
+
+def _reject(waiters: list[asyncio.Future[None]], error: OSError) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_exception(OSError(error.errno, error.strerror))
+
+
+def _final(error: OSError) -> OSError:
+    return OSError(errno.EIO, f"the image could not be made durable: {error.strerror}")

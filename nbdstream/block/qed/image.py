@@ -1,0 +1,316 @@
+"""A QED image file, open: lookups, data in and out, and new links on their way to durability.
+
+This layer knows clusters of the file and nothing of what a backing file holds: it never reads one. Data is read
+through one mapping of the file and written by a thread; links go through :mod:`nbdstream.block.qed.epochs`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from nbdstream.block.locks import Sharing, take_locks
+from nbdstream.block.mapping import Mapping
+from nbdstream.block.qed.epochs import Epochs
+from nbdstream.block.qed.opening import OpenFile, open_file, write_header
+from nbdstream.block.qed.tables import PAGE_ENTRIES, UNALLOCATED, ZERO, Tables
+from nbdstream.block.worker import Worker, pread_exact, pwrite_all, pwritev_all
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitarray import bitarray
+
+    from nbdstream.block.device import Buffer, WriteDone
+    from nbdstream.block.qed.extension import Extension
+    from nbdstream.block.qed.layout import Header
+    from nbdstream.block.qed.space import Space
+
+_WARM_BYTES = 1 << 20
+"""How much of a cold range is read at a time to get it into the page cache."""
+
+_MOST_REACH = 96 << 40
+"""Of the 128 TiB of address space that a process has."""
+
+
+class QedImage:
+    """One open QED image. Offsets named *place* are offsets in the file; all else is in the disk it describes.
+
+    Use :meth:`open`. Its methods belong to the loop's thread; those that end in ``_now`` never block.
+    """
+
+    def __init__(self, path: str, file: OpenFile, *, read_only: bool) -> None:
+        loop = asyncio.get_running_loop()
+        self.path = path
+        self.read_only = read_only
+        self.header: Header = file.header
+        self.extension: Extension | None = file.extension
+        self.backing_name: str | None = file.backing_name
+        self.size = file.header.image_size
+        self.cluster_size = file.header.cluster_size
+        self.allocated: bitarray = file.allocated
+        """Opened for writing: a bit for each cluster of the disk that was not UNALLOCATED then."""
+        self._fd = file.fd
+        self._space: Space = file.space
+        self._tables: Tables = file.tables
+        self._misaligned = self.cluster_size - 1
+        self._first_place = file.header.header_size * self.cluster_size
+        self._reach = 0
+        self._mapping = self._map_file()
+        self._worker = Worker("qed-data", loop)
+        self._barriers = Worker("qed-barrier", loop)
+        self._epochs = Epochs(
+            self._fd, self._tables, self._space, file.header.table_size, self._barriers, self._recycle
+        )
+        self.unlinked = self._epochs.unlinked
+        """Clusters that the tables in the file do not lead to yet, with their L2 entries."""
+        self._closed = False
+
+    @classmethod
+    async def open(cls, path: str, *, writable: bool = False) -> QedImage:
+        """Open an image and take QEMU's locks on it.
+
+        Opening for writing makes durable what an earlier owner left in the page cache, and takes back what nothing
+        refers to. Raises ImageError, ImageLockedError.
+        """
+        sharing = Sharing.WRITER if writable else Sharing.READER
+        file = await asyncio.to_thread(open_file, path, lambda fd: take_locks(fd, sharing, path), writable=writable)
+        return cls(path, file, read_only=not writable)
+
+    def _map_file(self) -> Mapping:
+        """Map the file and the room it may grow into, or as much of that as there is address space for."""
+        reach = min(_MOST_REACH, self.size + self.size // 4 + os.fstat(self._fd).st_size + (1 << 30))
+        while True:
+            try:
+                mapping = Mapping(self._fd, reach)
+            except OSError as error:
+                if error.errno != errno.ENOMEM or reach < 1 << 30:
+                    raise
+                reach //= 2
+            else:
+                self._reach = reach
+                return mapping
+
+    # -- looking up -------------------------------------------------------------------------------------------
+
+    def entry_now(self, cluster: int) -> int | None:
+        """Return the L2 entry of a cluster: UNALLOCATED, ZERO or its place; None if the table must be read first.
+
+        Raises OSError (EIO) if the table is damaged.
+        """
+        entry = self.unlinked.get(cluster)
+        if entry is None:
+            page = self._tables.page_now(cluster // PAGE_ENTRIES)
+            if page is None:
+                return None
+            entry = page[cluster % PAGE_ENTRIES]
+        if entry > ZERO and (entry & self._misaligned or not self._first_place <= entry < self._space.end):
+            raise OSError(errno.EIO, f"{self.path}: damaged: the L2 entry of cluster {cluster} is {entry:#x}")
+        return entry
+
+    async def load_entry(self, cluster: int) -> None:
+        """Read the part of the tables that :meth:`entry_now` needs for a cluster."""
+        page = cluster // PAGE_ENTRIES
+        # In the thread that links: what it read cannot be older than what it linked.
+        self._tables.keep_page(page, await self._barriers.run(self._tables.load_page, page))
+
+    async def run(self, cluster: int, most: int) -> tuple[int, int]:
+        """Return (entry, clusters) of the run that begins at ``cluster``.
+
+        A run is clusters that are all UNALLOCATED, all ZERO, or one behind the other in the file; at most ``most``, and
+        not always as long as it could be.
+        """
+        entry = await self.entry(cluster)
+        count = 1
+        while count < most:
+            behind = cluster + count
+            if entry == UNALLOCATED and not self.unlinked and (skip := self._tables.absent(behind)):
+                count += min(skip, most - count)
+                continue
+            expected = entry + count * self.cluster_size if entry > ZERO else entry
+            if self.entry_now(behind) != expected:
+                break
+            count += 1
+        return entry, count
+
+    async def entry(self, cluster: int) -> int:
+        """Return the L2 entry of a cluster, true until the next await."""
+        while (entry := self.entry_now(cluster)) is None:
+            await self.load_entry(cluster)
+        return entry
+
+    # -- data -------------------------------------------------------------------------------------------------
+
+    def view_now(self, place: int, length: int) -> memoryview | None:
+        """Return a view of the file's pages if they are in memory; only to be sent (see Mapping)."""
+        if place + length > self._reach or not self._mapping.resident(place, length):
+            return None
+        return self._mapping.view(place, length)
+
+    async def view(self, place: int, length: int) -> Buffer:
+        """Return what :meth:`view_now` does, having read the pages first."""
+        if place + length > self._reach:
+            return await self._worker.run(pread_exact, self._fd, length, place)
+        view = self._mapping.view(place, length)  # taken first: it keeps the place from being used again
+        await self._worker.run(_warm, self._fd, length, place)
+        return view
+
+    def write_now(self, place: int, data: Buffer, done: WriteDone) -> bool:
+        """Write into a cluster that is allocated, in a batch with others."""
+        if self._epochs.failed:
+            return False
+
+        # The generation goes along: no cluster that is being written is used again.
+        def finished(_: None, error: BaseException | None, _generation: object = self._mapping.generation) -> None:
+            done(_as_os_error(error))
+
+        self._worker.submit(finished, pwrite_all, self._fd, data, place)
+        return True
+
+    async def write(self, place: int, buffers: Sequence[Buffer]) -> None:
+        """Write buffers one behind the other at ``place``. Raises OSError."""
+        if self._epochs.failed:
+            raise OSError(errno.EIO, "the image could not be made durable before")
+        _generation = self._mapping.generation
+        await self._worker.run(pwritev_all, self._fd, buffers, place)
+
+    @property
+    def fd(self) -> int:
+        """The file, for those who write into places they allocated."""
+        return self._fd
+
+    # -- space and links --------------------------------------------------------------------------------------
+
+    def allocate(self, cluster: int, count: int) -> tuple[int, int]:
+        """Return (place, clusters) of new clusters that lie together: at least one, at most ``count``.
+
+        ``cluster`` is the first one that will be mapped to them.
+        """
+        self._epochs.reserve_table(cluster)
+        return self._space.allocate(count)
+
+    def release(self, place: int, count: int) -> None:
+        """Give back clusters that were allocated and never mapped."""
+        self._space.release(place, count)
+
+    def map(self, cluster: int, entry: int, *, replaced: int = 0) -> None:
+        """Let a cluster be ZERO or lie at a place, from now on; the file learns of it in the next epoch.
+
+        The data at the place must be written completely. ``replaced`` is the place it had before, if any.
+        """
+        self._epochs.add(cluster, entry, replaced)
+
+    def _recycle(self, places: list[int]) -> None:
+        def release() -> None:
+            for place in places:
+                self._space.release(place)
+
+        self._mapping.retire(release)  # views of the old contents may still be on their way to a client
+
+    @property
+    def backlog(self) -> int:
+        """How many clusters wait to be linked."""
+        return self._epochs.backlog
+
+    def nudge(self) -> None:
+        """Have what was mapped linked soon, without waiting for it."""
+        self._epochs.nudge()
+
+    async def linked(self) -> None:
+        """Wait until what was mapped before is linked: no kill -9 of this process loses it any more."""
+        await self._epochs.linked()
+
+    async def flush(self) -> None:
+        """Make durable everything that was written and linked before."""
+        await self._epochs.flush()
+
+    @property
+    def failed(self) -> OSError | None:
+        """Why the image could not be made durable; nothing is written any more then."""
+        return self._epochs.failed
+
+    # -- leaving nothing unused (see tidy) --------------------------------------------------------------------
+
+    async def settle(self) -> None:
+        """Make durable what was mapped before, and have free what it replaced, but for what clients still look at."""
+        await self.linked()
+        await self.flush()
+        await asyncio.sleep(0)  # the mapping tells on the loop that nobody looks at the replaced clusters
+        await asyncio.sleep(0)
+        self._epochs.release_reserved()
+
+    @property
+    def end(self) -> int:
+        """Where the used part of the file ends."""
+        return self._space.end
+
+    @property
+    def free_runs(self) -> list[tuple[int, int]]:
+        """The unused runs in front of the end: (place, bytes)."""
+        return self._space.free
+
+    def allocate_below(self, limit: int) -> int | None:
+        """Return the place of an unused cluster below ``limit``, None if there is none."""
+        return self._space.allocate_below(limit)
+
+    async def clusters_behind(self, place: int) -> list[tuple[int, int]]:
+        """Return (cluster, place) of all data that lies there or behind, the last first."""
+        return await self._barriers.run(self._tables.clusters_behind, place)
+
+    async def zero_clusters(self, most: int) -> list[int]:
+        """Return clusters that have no data and need no new table to get some."""
+        return await self._barriers.run(self._tables.zero_clusters, most)
+
+    async def copy_cluster(self, place: int, target: int) -> None:
+        """Copy a cluster within the file, behind all writes that were taken before."""
+        await self._worker.run(_copy, self._fd, place, target, self.cluster_size)
+
+    def cut(self) -> None:
+        """Cut the unused end of the file off.
+
+        This is done on the loop: nobody may be given a place behind the end before the file has been cut.
+        """
+        os.ftruncate(self._fd, self._space.end)
+
+    # -- becoming independent, closing ------------------------------------------------------------------------
+
+    async def forget_backing(self) -> None:
+        """Take the backing file's name out of the header, everything else being durable first."""
+        await self.settle()
+        header = self.header.without_backing()
+        await self._barriers.run(write_header, self._fd, header)
+        self.header, self.backing_name = header, None
+
+    async def close(self) -> None:
+        """Make everything durable, if that is still possible, and close the file."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if not self.read_only and not self.failed:
+                await self.settle()
+                await self._epochs.close()
+                self.cut()
+        finally:
+            await self._worker.close()
+            await self._barriers.close()
+            self._mapping.close()
+            os.close(self._fd)
+
+
+def _warm(fd: int, length: int, place: int) -> None:
+    """Get a range into the page cache; EIO where the file ends before (*blocking*)."""
+    for offset in range(place, place + length, _WARM_BYTES):
+        pread_exact(fd, min(_WARM_BYTES, place + length - offset), offset)
+
+
+def _copy(fd: int, place: int, target: int, length: int) -> None:
+    pwrite_all(fd, pread_exact(fd, length, place), target)
+
+
+def _as_os_error(error: BaseException | None) -> OSError | None:
+    if error is None or isinstance(error, OSError):
+        return error
+    return OSError(errno.EIO, str(error))

@@ -1,0 +1,191 @@
+"""Opening and making QED image files: everything that happens before the event loop may use one. All of it blocks."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from bitarray import bitarray
+from bitarray.util import zeros
+
+from nbdstream.block.qed.extension import EXTENSION_BYTES, EXTENSION_OFFSET, Extension
+from nbdstream.block.qed.check import MOST_CLUSTERS
+from nbdstream.block.qed.layout import HEADER_BYTES, Header, decode_backing_name, encode_backing_name
+from nbdstream.block.qed.space import Space
+from nbdstream.block.qed.tables import PAGE_ENTRIES, ZERO, Tables
+from nbdstream.block.worker import pread_exact, pwrite_all
+from nbdstream.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+class OpenFile(NamedTuple):
+    """An image file that is open, locked and found to be sound."""
+
+    fd: int
+    header: Header
+    extension: Extension | None
+    backing_name: str | None
+    tables: Tables
+    space: Space
+    allocated: bitarray
+
+
+def open_file(path: str, lock: Callable[[int], None], *, writable: bool) -> OpenFile:
+    """Open an image file and look through it. ``lock`` takes the locks, before anything is read.
+
+    Raises ImageError: it cannot be opened, is no QED image, or is damaged.
+    """
+    with opened(path, writable=writable) as original:
+        # The copy refers to the same open file: the locks, which belong to that, stay when the original is closed.
+        fd = os.dup(original)
+        try:
+            lock(fd)
+            return _look_through(fd, path, writable=writable)
+        except BaseException:
+            os.close(fd)
+            raise
+
+
+def read_header(path: str) -> tuple[Header, Extension | None, str | None]:
+    """Return what an image says of itself: header, our extension, backing file name. Takes no locks.
+
+    Raises ImageError.
+    """
+    with opened(path) as fd:
+        return _read_header(fd)
+
+
+@contextmanager
+def opened(path: str, *, writable: bool = False) -> Iterator[int]:
+    """Open a file for a while; what goes wrong meanwhile becomes an ImageError that names it."""
+    fd = -1
+    try:
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        yield fd
+    except ImageError as error:
+        if path in str(error):
+            raise
+        raise ImageError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or error}") from error
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _look_through(fd: int, path: str, *, writable: bool) -> OpenFile:
+    header, extension, backing_name = _read_header(fd)
+    if writable:
+        if header.needs_check:
+            raise ImageError(f"{path} was not closed by the QEMU that wrote it: run qemu-img check -r all on it first")
+        os.fdatasync(fd)  # links that a kill -9 left unsynced would not be covered by our barriers
+    tables = Tables.load(fd, header)
+    if not writable:
+        whole = Space(header.cluster_size, os.fstat(fd).st_size)
+        return OpenFile(fd, header, extension, backing_name, tables, whole, bitarray())
+    used, allocated = _scan(fd, header, tables)
+    space = Space.of_used(header.cluster_size, used)
+    os.ftruncate(fd, space.end)  # the tail that nothing refers to: what a crash left
+    if header.autoclear_features:  # whatever they promise, we do not keep it
+        header = header.without_autoclear()
+        write_header(fd, header)
+    return OpenFile(fd, header, extension, backing_name, tables, space, allocated)
+
+
+def _read_header(fd: int) -> tuple[Header, Extension | None, str | None]:
+    header = Header.parse(os.pread(fd, HEADER_BYTES, 0), os.fstat(fd).st_size)
+    name = extension = None
+    if header.has_backing:
+        name = decode_backing_name(pread_exact(fd, header.backing_filename_size, header.backing_filename_offset))
+    if header.has_extension_area:
+        extension = Extension.parse(os.pread(fd, EXTENSION_BYTES, EXTENSION_OFFSET))
+    return header, extension, name
+
+
+def write_header(fd: int, header: Header) -> None:
+    """Replace the header, and make that durable (*blocking*)."""
+    pwrite_all(fd, header.pack(), 0)
+    os.fdatasync(fd)
+
+
+def _scan(fd: int, header: Header, tables: Tables) -> tuple[bitarray, bitarray]:
+    """Walk all tables: return which clusters of the file are used, and which of the disk are not unallocated.
+
+    Raises ImageError if an entry leads nowhere, or two lead to the same cluster: writing would then destroy data.
+    """
+    cluster_size = header.cluster_size
+    file_clusters = os.fstat(fd).st_size // cluster_size
+    disk_clusters = -(-header.image_size // cluster_size)
+    if max(file_clusters, disk_clusters) > MOST_CLUSTERS:
+        raise ImageError(f"the file or the disk has more than {MOST_CLUSTERS} clusters: it is not opened for writing")
+    used = zeros(file_clusters)
+    used[: header.header_size] = 1
+    count = header.header_size
+    for place in [header.l1_table_offset, *(place for place in tables.l1 if place)]:
+        first = place // cluster_size
+        used[first : first + header.table_size] = 1
+        count += header.table_size
+    allocated = zeros(disk_clusters)
+    for page in tables.present_pages():
+        entries = tables.load_page(page).tolist()
+        places = [entry for entry in entries if entry > ZERO]
+        _check_places(places, header, file_clusters)
+        used[[place // cluster_size for place in places]] = 1
+        count += len(places)
+        first = page * PAGE_ENTRIES
+        allocated[first : first + PAGE_ENTRIES] = bitarray(map(bool, entries))[: len(allocated) - first]
+    if used.count() != count:
+        raise ImageError("damaged QED image: clusters are used twice; 'nbdstream check' tells more")
+    return used, allocated
+
+
+def _check_places(places: list[int], header: Header, file_clusters: int) -> None:
+    if not places:
+        return
+    low = header.header_size * header.cluster_size
+    high = file_clusters * header.cluster_size
+    bits = 0
+    for place in places:
+        bits |= place
+    if bits % header.cluster_size or min(places) < low or max(places) >= high:
+        raise ImageError("damaged QED image: an L2 entry leads to no cluster; 'nbdstream check' tells more")
+
+
+def create_file(
+    path: str, size: int, *, cluster_size: int, table_size: int, backing_name: str | None, origin_size: int = 0
+) -> None:
+    """Make a new image file; it and its directory entry are durable when this returns.
+
+    With a backing file name, the image remembers in its extension where it came from. Raises ImageError: the geometry
+    or size is not possible, or the file exists or cannot be made. What cannot be finished is removed.
+    """
+    header = Header.new(size, cluster_size=cluster_size, table_size=table_size, backing_name=backing_name)
+    extension = Extension.new(backing_name or "", origin_size)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be made: {error.strerror}") from error
+    try:
+        # A full disk is found out now, not later.
+        os.posix_fallocate(fd, 0, header.l1_table_offset + header.geometry.table_bytes)
+        pwrite_all(fd, extension.pack(), EXTENSION_OFFSET)
+        if backing_name:
+            pwrite_all(fd, encode_backing_name(backing_name), header.backing_filename_offset)
+        pwrite_all(fd, header.pack(), 0)
+        os.fsync(fd)
+        _sync_directory(path)
+    except OSError as error:
+        os.unlink(path)
+        raise ImageError(f"{path}: cannot be made: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

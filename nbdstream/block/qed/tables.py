@@ -1,0 +1,222 @@
+"""The L1 and L2 tables of a QED image: read in pages, validated, and kept in a bounded cache.
+
+An L2 table is never held whole. A *page* is 4 KiB of it, 512 entries, numbered ``cluster // 512``; since a
+table holds a multiple of 512 entries, that number alone says which L2 table and which part of it is meant.
+So the memory for tables is bounded whatever the geometry, and a lookup is one dictionary access.
+
+What the file holds is what the cache holds: only :meth:`Tables.link` changes entries, file first.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from typing import TYPE_CHECKING
+
+from nbdstream.block.worker import pread_exact, pwrite_all
+from nbdstream.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from nbdstream.block.qed.layout import Header
+
+PAGE_BYTES = 4096
+PAGE_ENTRIES = PAGE_BYTES // 8
+SECTOR_BYTES = 512
+"""What a disk writes atomically; tables are written in no smaller units (qed.md: so does QEMU)."""
+SECTOR_ENTRIES = SECTOR_BYTES // 8
+
+CACHED_PAGES = 8192
+"""32 MiB of tables, which map 256 GiB at the default geometry: more than a guest works on at a time."""
+
+UNALLOCATED = 0
+"""L2 entry: the cluster is in the backing file, or reads as zero where there is none (qed_spec)."""
+ZERO = 1
+"""L2 entry: the cluster reads as zero (qed_spec)."""
+
+_NO_TABLE = memoryview(bytes(PAGE_BYTES)).cast("Q")
+"""The page that stands for an L2 table that does not exist."""
+
+
+class Tables:
+    """The tables of one image file.
+
+    Methods that end in ``_now`` never block. Those marked *blocking* are for a thread; only one thread at a time
+    may be in :meth:`link`.
+    """
+
+    def __init__(self, fd: int, header: Header, l1: array[int]) -> None:
+        self._fd = fd
+        self._header = header
+        self._geometry = geometry = header.geometry
+        self._pages_per_table = geometry.entries // PAGE_ENTRIES
+        self._cache: dict[int, memoryview] = {}
+        self.l1 = l1
+        """Offsets of the L2 tables, as many as the image size needs; 0 where there is none."""
+
+    @classmethod
+    def load(cls, fd: int, header: Header) -> Tables:
+        """Read and validate the L1 table (*blocking*).
+
+        Raises ImageError if an entry that the image size covers is no place for a table.
+        """
+        geometry = header.geometry
+        used = -(-header.image_size // geometry.l2_span)
+        l1 = array("Q", pread_exact(fd, used * 8, header.l1_table_offset))
+        if struct.pack("=H", 1) != struct.pack("<H", 1):
+            l1.byteswap()
+        size = os.fstat(fd).st_size
+        for index, offset in enumerate(l1):
+            if offset and not geometry.valid_table_offset(offset, size):
+                raise ImageError(f"damaged QED image: L1 entry {index} leads to {offset:#x}, where no table can be")
+        return cls(fd, header, l1)
+
+    @property
+    def page_count(self) -> int:
+        """How many pages it takes to map the whole image size."""
+        clusters = -(-self._header.image_size // self._geometry.cluster_size)
+        return -(-clusters // PAGE_ENTRIES)
+
+    def present_pages(self) -> list[int]:
+        """Return the pages of those L2 tables that exist."""
+        per_table = self._pages_per_table
+        return [
+            page
+            for index, place in enumerate(self.l1)
+            if place
+            for page in range(index * per_table, min((index + 1) * per_table, self.page_count))
+        ]
+
+    def clusters_behind(self, place: int) -> list[tuple[int, int]]:
+        """Return (cluster, where) of the data that lies at ``place`` or behind it, the last first (*blocking*)."""
+        found = [
+            (page * PAGE_ENTRIES + position, entry)
+            for page in self.present_pages()
+            for position, entry in enumerate(self.load_page(page))
+            if entry >= place
+        ]
+        return sorted(found, key=lambda pair: -pair[1])
+
+    def zero_clusters(self, most: int) -> list[int]:
+        """Return clusters that are ZERO or UNALLOCATED though they have an L2 table (*blocking*)."""
+        found: list[int] = []
+        for page in self.present_pages():
+            found += [page * PAGE_ENTRIES + i for i, entry in enumerate(self.load_page(page)) if entry <= ZERO]
+            if len(found) >= most:
+                break
+        clusters = -(-self._header.image_size // self._geometry.cluster_size)
+        return [cluster for cluster in found[:most] if cluster < clusters]
+
+    def page_now(self, page: int) -> memoryview | None:
+        """Return the 512 entries of a page (format Q), or None if reading them would block."""
+        cached = self._cache.get(page)
+        if cached is not None:
+            return cached
+        offset = self._page_offset(page)
+        if offset == 0:
+            return _NO_TABLE
+        buffer = bytearray(PAGE_BYTES)
+        try:
+            if os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) != PAGE_BYTES:
+                return None
+        except OSError:  # EAGAIN: not in the page cache; EOPNOTSUPP: a file system without RWF_NOWAIT
+            return None
+        return self._keep(page, buffer)
+
+    def load_page(self, page: int) -> memoryview:
+        """Return the entries of a page (*blocking*). Not kept: :meth:`keep_page` does that, on the loop."""
+        offset = self._page_offset(page)
+        if offset == 0:
+            return _NO_TABLE
+        return memoryview(bytearray(pread_exact(self._fd, PAGE_BYTES, offset))).cast("Q")
+
+    def keep_page(self, page: int, entries: memoryview) -> None:
+        """Cache a page that :meth:`load_page` returned, unless it was linked to meanwhile."""
+        if entries is not _NO_TABLE:
+            self._keep(page, entries.obj)
+
+    def _keep(self, page: int, buffer: object) -> memoryview:
+        entries = memoryview(buffer).cast("B").cast("Q")  # type: ignore[arg-type]  # any buffer
+        if len(self._cache) >= CACHED_PAGES:
+            del self._cache[next(iter(self._cache))]
+        self._cache[page] = entries
+        return entries
+
+    def _page_offset(self, page: int) -> int:
+        """Return where in the file a page is, 0 if its L2 table does not exist."""
+        index, part = divmod(page, self._pages_per_table)
+        table = self.l1[index]
+        return table + part * PAGE_BYTES if table else 0
+
+    def absent(self, cluster: int) -> int:
+        """Return how many clusters from ``cluster`` on are UNALLOCATED since there is no L2 table; 0 if there is."""
+        index, within = divmod(cluster, self._geometry.entries)
+        return 0 if self.l1[index] else self._geometry.entries - within
+
+    def l1_index(self, cluster: int) -> int:
+        """Return which L1 entry leads to a cluster."""
+        return cluster // self._geometry.entries
+
+    # -- writing ----------------------------------------------------------------------------------------------
+
+    def write_new_tables(self, tables: Mapping[int, int], links: Iterable[tuple[int, int]]) -> None:
+        """Write whole L2 tables that nothing refers to yet, with those of ``links`` that belong there (*blocking*).
+
+        ``tables`` maps L1 index to file offset. They may reach the disk in any order before the barrier, since the
+        L1 entries that make them reachable are written behind it.
+        """
+        contents = {index: array("Q", bytes(self._geometry.table_bytes)) for index in tables}
+        for cluster, entry in links:
+            table = contents.get(self.l1_index(cluster))
+            if table is not None:
+                table[cluster % self._geometry.entries] = entry
+        for index, offset in tables.items():
+            pwrite_all(self._fd, memoryview(contents[index]).cast("B"), offset)
+
+    def link(self, tables: Mapping[int, int], links: Iterable[tuple[int, int]]) -> None:
+        """Write links into the page cache of the file: what they lead to must be durable (*blocking*).
+
+        Links into ``tables`` are in there already; those get their L1 entries here.
+        """
+        pages: dict[int, list[tuple[int, int]]] = {}
+        for cluster, entry in links:
+            if self.l1_index(cluster) not in tables:
+                pages.setdefault(cluster // PAGE_ENTRIES, []).append((cluster % PAGE_ENTRIES, entry))
+        for page, entries in pages.items():
+            self._update(self._page_offset(page), entries)
+        by_page: dict[int, list[tuple[int, int]]] = {}
+        for index, offset in tables.items():
+            by_page.setdefault(index // PAGE_ENTRIES, []).append((index % PAGE_ENTRIES, offset))
+        for part, entries in by_page.items():
+            self._update(self._header.l1_table_offset + part * PAGE_BYTES, entries)
+
+    def linked(self, tables: Mapping[int, int], links: Iterable[tuple[int, int]]) -> None:
+        """Take over into memory what :meth:`link` has written (on the loop)."""
+        for index, offset in tables.items():
+            self.l1[index] = offset
+        for cluster, entry in links:
+            page = self._cache.get(cluster // PAGE_ENTRIES)
+            if page is not None:
+                page[cluster % PAGE_ENTRIES] = entry
+
+    def _update(self, offset: int, entries: list[tuple[int, int]]) -> None:
+        """Change entries of one page in the file, whole sectors at a time."""
+        buffer = bytearray(pread_exact(self._fd, PAGE_BYTES, offset))
+        for position, entry in entries:
+            struct.pack_into("<Q", buffer, position * 8, entry)
+        for start, end in _sector_runs(position for position, _ in entries):
+            pwrite_all(self._fd, memoryview(buffer)[start:end], offset + start)
+
+
+def _sector_runs(positions: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Return the byte ranges, in whole sectors, that hold these entries."""
+    start = end = -1
+    for sector in sorted({position // SECTOR_ENTRIES for position in positions}):
+        if sector * SECTOR_BYTES != end:
+            if end > 0:
+                yield start, end
+            start = sector * SECTOR_BYTES
+        end = (sector + 1) * SECTOR_BYTES
+    yield start, end

@@ -1,0 +1,210 @@
+"""A raw image: a file or block device whose bytes are the disk's bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from nbdstream.block.device import BlockDevice, read_only_error
+from nbdstream.block.files import ZEROES, Run, open_image, punch_hole, runs, zero_range
+from nbdstream.block.flush import SharedFlush
+from nbdstream.block.locks import Sharing, take_locks
+from nbdstream.block.mapping import Mapping
+from nbdstream.block.qed.layout import MAGIC as QED_MAGIC
+from nbdstream.block.readahead import ReadAhead
+from nbdstream.block.worker import Worker, pwrite_all
+from nbdstream.errors import ImageError
+from nbdstream.extents import Extent, ExtentFlags
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nbdstream.block.device import Buffer, WriteDone
+
+# One question for extents is answered with so many at most.
+_MOST_EXTENTS = 1000
+_SCRATCH_BYTES = 256 << 10
+# The kernel reads no more than its own read-ahead for one hint, and 128 KiB is the default of that.
+_HINT_BYTES = 128 << 10
+
+
+class RawImage(BlockDevice):
+    """A regular file or block device, exported byte by byte.
+
+    What is in the page cache is sent from there without asking anybody; everything else is done in threads:
+    one for writes, one for flushes (that writes need not wait for them), one for reads that must wait for the
+    disk, and one that tells the kernel early what will be read.
+    """
+
+    def __init__(self, path: str, fd: int, size: int, *, writable: bool) -> None:
+        """Take over an open, locked image. Use :meth:`open`. Raises OSError, and then ``fd`` is still the caller's."""
+        self.size = size
+        self.read_only = not writable
+        self._fd = fd
+        self._mapping = Mapping(fd, max(size, 1))
+        self._read_ahead = ReadAhead(size)
+        self._reads = Worker("raw-read")
+        self._hints = Worker("raw-hint")
+        self._writes = Worker("raw-write")
+        self._syncs = Worker("raw-sync")
+        self._barrier = SharedFlush(fd, self._syncs, path)
+        self._waiting = 0
+        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._closed = False
+
+    @classmethod
+    async def open(
+        cls, path: str, *, writable: bool = False, probe: bool = True, sharing: Sharing | None = None
+    ) -> RawImage:
+        """Open an image and take QEMU's locks on it.
+
+        ``probe`` refuses what looks like a QED image: nobody said that its raw bytes are wanted. ``sharing`` is
+        WRITER or READER by default, as ``writable`` says. Raises ImageError, ImageLockedError.
+        """
+        sharing = sharing or (Sharing.WRITER if writable else Sharing.READER)
+        fd, size = await asyncio.to_thread(_open, path, sharing, writable=writable, probe=probe)
+        try:
+            return cls(path, fd, size, writable=writable)
+        except OSError as error:
+            os.close(fd)
+            raise ImageError(f"{path} cannot be mapped: {error.strerror}") from error
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def read_now(self, offset: int, length: int) -> Sequence[Buffer] | None:
+        """Return a view of the page cache, if the range is there."""
+        if self._mapping.resident(offset, length):
+            return (self._mapping.view(offset, length),)
+        return None
+
+    async def read(self, offset: int, length: int) -> Sequence[Buffer]:
+        """Wait for the disk, and return views of what is data and zeroes for what is not."""
+        ahead = self._read_ahead.after(offset, length)
+        if self._waiting:  # it will not be read at once: have the disk begin with it
+            self._hints.submit(_ignore, _prefetch, self._fd, offset, length)
+        if ahead:
+            self._hints.submit(_ignore, _prefetch, self._fd, *ahead)
+        self._waiting += 1
+        try:
+            found = await self._reads.run(_warm, self._fd, self._scratch, offset, length)
+        finally:
+            self._waiting -= 1
+        buffers: list[Buffer] = []
+        for run in found:
+            if run.data:
+                buffers.append(self._mapping.view(run.offset, run.end - run.offset))
+            else:
+                buffers += [ZEROES[: run.end - start] for start in range(run.offset, run.end, len(ZEROES))]
+        return buffers
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """Describe the range by what is allocated. Raises OSError."""
+        return await self._reads.run(_extents, self._fd, offset, length)
+
+    # -- writing ----------------------------------------------------------------------------------------------
+
+    def write_now(self, offset: int, data: Buffer, done: WriteDone) -> bool:
+        """Write in a batch with others."""
+        if self.read_only or self._barrier.failed:
+            return False
+        self._writes.submit(lambda _result, error: done(_as_os_error(error)), pwrite_all, self._fd, data, offset)
+        return True
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write. Raises OSError."""
+        self._check_writable()
+        await self._writes.run(pwrite_all, self._fd, data, offset)
+
+    async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool, fast_only: bool = False) -> None:
+        """Make a hole, or zeroes in allocated space, or write them where neither can be had. Raises OSError."""
+        self._check_writable()
+        await self._writes.run(lambda: zero_range(self._fd, offset, length, may_unmap=may_unmap, fast_only=fast_only))
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Make a hole, where that can be had. Raises OSError."""
+        self._check_writable()
+        await self._writes.run(punch_hole, self._fd, offset, length)
+
+    async def flush(self) -> None:
+        """Make durable what was written. Raises OSError; a failure is final for this image."""
+        if not self.read_only:
+            await self._barrier.flush()
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise read_only_error()
+        self._barrier.check()
+
+    async def close(self) -> None:
+        """Wait for everything that is under way, and close the file."""
+        if self._closed:
+            return
+        self._closed = True
+        for worker in (self._reads, self._hints, self._writes, self._syncs):
+            await worker.close()
+        self._mapping.close()
+        os.close(self._fd)
+
+
+def _open(path: str, sharing: Sharing, *, writable: bool, probe: bool) -> tuple[int, int]:
+    """Return (descriptor, size in bytes) of an image that is locked (*blocking*). Raises ImageError."""
+    fd = open_image(path, writable=writable)
+    try:
+        take_locks(fd, sharing, path)
+        if probe and os.pread(fd, len(QED_MAGIC), 0) == QED_MAGIC:
+            raise ImageError(f"{path} looks like a QED image: say -f qed, or -f raw to export its raw bytes")
+        return fd, os.lseek(fd, 0, os.SEEK_END)  # which tells the size of a block device, too
+    except OSError as error:
+        os.close(fd)
+        raise ImageError(f"{path} cannot be read: {error.strerror}") from error
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _warm(fd: int, scratch: memoryview, offset: int, length: int) -> list[Run]:
+    """Get what is data into the page cache, and tell it from the holes (*blocking*). EIO behind the file's end."""
+    found = list(runs(fd, offset, offset + length))
+    for run in found:
+        if run.data:
+            _read_through(fd, scratch, run.offset, run.end)
+    return found
+
+
+def _read_through(fd: int, scratch: memoryview, offset: int, end: int) -> None:
+    """Read a range for the sake of the page cache: what is read is thrown away."""
+    while offset < end:
+        count = os.preadv(fd, [scratch[: end - offset]], offset)
+        if not count:
+            raise OSError(errno.EIO, f"the file ends before {end}")
+        offset += count
+
+
+def _prefetch(fd: int, offset: int, length: int) -> None:
+    """Have the kernel begin to read what is data (*blocking*, but it does not wait for the disk)."""
+    for run in runs(fd, offset, offset + length):
+        if run.data:
+            for start in range(run.offset, run.end, _HINT_BYTES):
+                os.posix_fadvise(fd, start, min(_HINT_BYTES, run.end - start), os.POSIX_FADV_WILLNEED)
+
+
+def _extents(fd: int, offset: int, length: int) -> list[Extent]:
+    found = []
+    for run in runs(fd, offset, offset + length):
+        flags = ExtentFlags.DATA if run.data else ExtentFlags.HOLE | ExtentFlags.ZERO
+        found.append(Extent(run.offset, run.end - run.offset, flags))
+        if len(found) == _MOST_EXTENTS:
+            break
+    return found
+
+
+def _ignore(_result: None, _error: BaseException | None) -> None:
+    """A hint that was not taken does no harm."""
+
+
+def _as_os_error(error: BaseException | None) -> OSError | None:
+    if error is None or isinstance(error, OSError):
+        return error
+    return OSError(errno.EIO, str(error))

@@ -1,0 +1,167 @@
+"""A remote NBD export: what the loop sees of a source.
+
+It knows two verbs: *read*, into memory for the guest, and *copy*, from the export into a file without
+crossing the event loop. A lost connection fails what was in flight; whoever owns the export decides
+what to ask again, and connects anew (``nbdstream.stream``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from nbdstream.block.device import BlockDevice, Buffer
+from nbdstream.block.remote_commands import Copy, Read, Status
+from nbdstream.block.remote_handle import HandleError, RemoteInfo
+from nbdstream.block.remote_thread import RemoteThread
+from nbdstream.errors import SourceError
+from nbdstream.extents import Extent, ExtentFlags
+from nbdstream.uri import NbdUri, UriError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+T = TypeVar("T")
+
+ReadDone: TypeAlias = Callable[[bytearray | memoryview | None, OSError | None], None]
+"""The bytes, which are the caller's from then on, or what went wrong."""
+
+CopyDone: TypeAlias = Callable[[int | None, OSError | None], None]
+"""The zero units that were not written (bit i: unit i), or what went wrong."""
+
+
+class RemoteExport(BlockDevice):
+    """An export of an NBD server, read over one or more connections in a thread of their own.
+
+    A request fails with OSError: ECONNRESET when its connection broke before it was answered (others may
+    live on), ENOTCONN when there was none left to send it on, ECANCELED when it was closed meanwhile, else with
+    what the server answered (EIO for a broken answer). Memory is bounded by what the caller has in flight.
+    """
+
+    read_only = True
+
+    def __init__(self, uri: NbdUri, info: RemoteInfo, thread: RemoteThread) -> None:
+        """Use :meth:`connect`."""
+        self.uri = uri
+        self.info = info
+        self.size = info.size
+        self.preferred_block = info.preferred_block
+        self.lost: asyncio.Future[str] = thread.lost
+        """Done when the last connection is gone, with the reason for people. From then on every request fails."""
+        self._thread = thread
+        self._closed = False
+
+    @classmethod
+    async def connect(
+        cls,
+        uri: str,
+        *,
+        connections: int = 4,
+        tls_certificates: str | None = None,
+        timeout: float = 10.0,  # noqa: ASYNC109 - it limits the thread, too
+    ) -> RemoteExport:
+        """Connect, and return when the first connection is ready.
+
+        The others follow behind, if the server says that several connections see one disk.
+        ``tls_certificates`` is the directory of ca-cert.pem, client-cert.pem and client-key.pem.
+        Raises :class:`SourceError`, also when nobody answers for ``timeout`` seconds.
+        """
+        try:
+            parsed = NbdUri.parse(uri)
+        except UriError as error:
+            raise SourceError(str(error)) from error
+        thread = RemoteThread(
+            parsed,
+            connections=connections,
+            tls_certificates=tls_certificates,
+            timeout=timeout,
+            loop=asyncio.get_running_loop(),
+        )
+        try:
+            async with asyncio.timeout(timeout):
+                info = await thread.connected
+        except BaseException as error:
+            # It is not waited for: it may hang in looking up a name.
+            thread.stop()
+            if isinstance(error, TimeoutError):
+                raise _cannot_connect(parsed, f"no answer within {timeout:g} seconds") from error
+            if isinstance(error, HandleError):
+                raise _cannot_connect(parsed, str(error)) from error
+            raise
+        return cls(parsed, info, thread)
+
+    def read_soon(self, offset: int, length: int, done: ReadDone) -> None:
+        """Read ahead of all copies; ``done`` is called on the loop, and never before this returns."""
+        self._submit(Read(offset, length, done, urgent=True))
+
+    def copy_soon(
+        self,
+        offset: int,
+        length: int,
+        fd: int,
+        file_offset: int,
+        done: CopyDone,
+        *,
+        zero_unit: int = 0,
+        urgent: bool = False,
+        write_back: bool = True,
+    ) -> None:
+        """Read a range and write it to ``fd`` at ``file_offset``, both in the export's thread.
+
+        With ``zero_unit``, of the range's units of so many bytes those that hold only zeroes are not
+        written but told of. ``write_back`` has the kernel begin at once to bring the data to the disk: an
+        fdatasync is needed all the same, and is shorter. ``fd`` must stay open until ``done``, which is
+        called on the loop, never before this returns, and tells a failed write as it tells a failed read.
+        """
+        command = Copy(offset, length, done, urgent=urgent)
+        command.fd = fd
+        command.file_offset = file_offset
+        command.zero_unit = zero_unit
+        command.write_back = write_back
+        self._submit(command)
+
+    async def read(self, offset: int, length: int) -> Sequence[Buffer]:
+        """Return the range as one buffer, which is the caller's."""
+        answer: asyncio.Future[bytearray | memoryview] = asyncio.get_running_loop().create_future()
+        self.read_soon(offset, length, _settling(answer))
+        return [await answer]
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """Describe the range by the server's ``base:allocation``; without that as data."""
+        if not self.info.has_allocation:
+            return [Extent(offset, length, ExtentFlags.DATA)]
+        answer: asyncio.Future[list[Extent]] = asyncio.get_running_loop().create_future()
+        self._submit(Status(offset, length, _settling(answer)))
+        return await answer
+
+    async def close(self) -> None:
+        """Leave the server. Requests that are still in flight fail with ECANCELED before this returns."""
+        self._closed = True
+        await asyncio.shield(self._thread.stop())
+
+    def _submit(self, command: Read | Copy | Status) -> None:
+        if self._closed:
+            error = OSError(errno.ECANCELED, "the source is closed")
+            asyncio.get_running_loop().call_soon(command.done, None, error)
+        else:
+            self._thread.submit(command)
+
+
+def _cannot_connect(uri: NbdUri, reason: str) -> SourceError:
+    return SourceError(f"cannot connect to {uri.without_credentials()}: {reason}")
+
+
+def _settling(answer: asyncio.Future[T]) -> Callable[[Any, OSError | None], None]:
+    """Return a ``done`` that settles a future, unless whoever waited has gone."""
+
+    def done(result: Any, error: OSError | None) -> None:
+        if answer.done():
+            return
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(result)
+
+    return done

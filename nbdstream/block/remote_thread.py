@@ -1,0 +1,332 @@
+"""The thread of a remote export: its poll loop over all of the export's connections.
+
+Bulk data is received, looked through and written to its file in this thread and never crosses the event
+loop. What is urgent overtakes it on the way out and on the way back.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from nbdstream.block.remote_commands import Alignment, BufferPool, Command, Copy, Piece
+from nbdstream.block.remote_handle import Handle, HandleError, RemoteInfo, connection_lost
+from nbdstream.block.remote_mailbox import Mailbox
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from nbdstream.uri import NbdUri
+
+log = logging.getLogger(__name__)
+
+LONGEST_REQUEST = 32 << 20
+"""Bytes: what a client may send to a server that names no limit (proto.md, "Block size constraints")."""
+
+IN_FLIGHT = 16
+"""Requests a connection: what qemu-nbd and nbdkit work on at a time. More would only keep urgent ones waiting."""
+
+IN_FLIGHT_URGENT = 64
+"""The same for urgent requests: libnbd's advice (libnbd(3), "Issuing multiple in-flight requests")."""
+
+_CLOSED = "the server closed the connection"
+
+_Handle: TypeAlias = Handle[Piece]
+
+
+class RemoteThread:
+    """Connects to an export and works on commands until it is stopped.
+
+    The public methods belong to the loop's thread, all the rest to its own.
+    """
+
+    def __init__(
+        self,
+        uri: NbdUri,
+        *,
+        connections: int,
+        tls_certificates: str | None,
+        timeout: float,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._uri = uri
+        self._wanted = connections
+        self._tls_certificates = tls_certificates
+        self._timeout = timeout
+        self.connected: asyncio.Future[RemoteInfo] = loop.create_future()
+        """Done when the first connection is ready; HandleError if it never will be."""
+        self.lost: asyncio.Future[str] = loop.create_future()
+        """Done with the reason when the last connection is gone."""
+
+        self._mailbox = Mailbox(loop)
+        self._stopping = False
+        self._info: RemoteInfo | None = None
+        self._alignment = Alignment(0, 1, LONGEST_REQUEST)
+        self._pool = BufferPool()
+        self._ready: list[_Handle] = []
+        self._connecting: dict[_Handle, float] = {}
+        """Handle -> when it must be ready (time.monotonic)."""
+        self._watched: dict[_Handle, tuple[int, int]] = {}
+        """Handle -> the descriptor and events that the mailbox watches for it."""
+        self._by_fd: dict[int, _Handle] = {}
+        self._urgent: deque[Piece] = deque()
+        self._bulk: deque[Piece] = deque()
+        self._copies: deque[Copy] = deque()
+        """Received, and still to be written to their files."""
+        # A daemon: a host name that is being looked up must not keep the process from its end.
+        self._thread = threading.Thread(target=self._main, name="nbd-source", daemon=True)
+        self._thread.start()
+
+    def submit(self, command: Command) -> None:
+        """Have a command worked on; its ``done`` is called on the loop, and never before this returns."""
+        self._mailbox.put(command)
+
+    def stop(self) -> asyncio.Future[None]:
+        """Have the thread fail what is left (ECANCELED) and end. The future is done when it has."""
+        self._stopping = True
+        self._mailbox.wake()
+        return self._mailbox.closed
+
+    def _main(self) -> None:
+        try:
+            # The loop limits the first one's time: it may hang in looking up a name.
+            self._open_connection(deadline=float("inf"))
+        except HandleError as error:
+            self._mailbox.call(_fail, self.connected, error)
+            self._stopping = True
+        while not self._stopping:
+            try:
+                self._round()
+            except Exception:
+                log.exception("a mistake of ours: the connections to the source are given up")
+                self._lose("an error in nbdstream, see the log")
+        self._let_go()
+
+    def _round(self) -> None:
+        self._accept()
+        self._send()
+        self._mailbox.tell()
+        busy = self._copies or self._stopping
+        for fd, revents in self._mailbox.sleep(0 if busy else self._idle_milliseconds()):
+            if handle := self._by_fd.get(fd):
+                self._notify(handle, revents)
+        if self._connecting:
+            self._expire()
+        self._mailbox.tell()
+        if self._copies:
+            # One a round, and after what the guest waits for: writing takes long.
+            self._finish(self._copies.popleft())
+
+    # Connecting.
+
+    def _open_connection(self, deadline: float) -> None:
+        handle: _Handle = Handle(self._uri, self._tls_certificates)
+        handle.connect(self._uri)
+        self._connecting[handle] = deadline
+        self._settle(handle)
+
+    def _open_others(self) -> None:
+        deadline = time.monotonic() + self._timeout
+        for _ in range(self._wanted - 1):
+            try:
+                self._open_connection(deadline)
+            except HandleError as error:
+                log.warning("no further connection to the source: %s", error)
+                return
+
+    def _became_ready(self, handle: _Handle) -> None:
+        try:
+            info = handle.info()
+        except HandleError as error:
+            self._drop(handle, str(error))
+            return
+        if self._info not in (None, info):
+            self._drop(handle, "it shows another export than the first one")
+            return
+        del self._connecting[handle]
+        self._ready.append(handle)
+        if self._info is None:
+            self._info = info
+            self._alignment = _alignment(info)
+            self._mailbox.call(_succeed, self.connected, info)
+            if info.can_multi_conn:
+                self._open_others()
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for handle in [handle for handle, deadline in self._connecting.items() if deadline <= now]:
+            self._drop(handle, f"no answer within {self._timeout:g} seconds")
+
+    def _idle_milliseconds(self) -> float | None:
+        deadline = min(self._connecting.values(), default=float("inf"))
+        return None if deadline == float("inf") else max(0.0, deadline - time.monotonic()) * 1000 + 1
+
+    # Commands, from the inbox to a connection.
+
+    def _accept(self) -> None:
+        """Cut what came in into requests, and queue them."""
+        while command := self._mailbox.take():
+            if not self._ready:
+                command.error = OSError(errno.ENOTCONN, "the source is not connected")
+            elif command.offset < 0 or command.offset + command.length > self._alignment.size:
+                command.error = OSError(errno.EINVAL, "the source has no such range")
+            elif pieces := command.cut(self._alignment):
+                (self._urgent if command.urgent else self._bulk).extend(pieces)
+                continue
+            self._finish(command)
+
+    def _send(self) -> None:
+        """Spread what is queued over the connections."""
+        used = set()
+        while self._urgent and (handle := _least_loaded(self._ready, IN_FLIGHT_URGENT)):
+            self._submit(self._urgent.popleft(), handle)
+            used.add(handle)
+        while self._bulk and (handle := _least_loaded(self._bulk_handles(), IN_FLIGHT)):
+            self._submit(self._bulk.popleft(), handle)
+            used.add(handle)
+        for handle in used.intersection(self._ready):
+            self._settle(handle)
+
+    def _bulk_handles(self) -> list[_Handle]:
+        """Of several connections one is kept free, so that what is urgent is never stuck behind bulk data."""
+        return self._ready[1:] if len(self._ready) > 2 else self._ready
+
+    def _submit(self, piece: Piece, handle: _Handle) -> None:
+        try:
+            piece.command.submit(piece, handle, self._pool)
+        except OSError as error:
+            if handle.refresh():
+                self._retire(piece, error)
+            else:  # what libnbd says then (EINVAL) is not what is wrong
+                self._retire(piece, connection_lost())
+                self._settle(handle)
+        except MemoryError:
+            self._retire(piece, OSError(errno.ENOMEM, "no memory to read from the source"))
+
+    # What happens on a connection.
+
+    def _notify(self, handle: _Handle, revents: int) -> None:
+        reason = _CLOSED
+        try:
+            handle.notify(revents, self._uri)
+        except HandleError as error:
+            reason = str(error)
+        self._settle(handle, reason, received=True)
+
+    def _settle(self, handle: _Handle, reason: str = _CLOSED, *, received: bool = False) -> None:
+        """After calls on a handle: retire what is complete, and see what to poll for, or that it is gone."""
+        waiting = len(handle.in_flight)
+        for piece, error in handle.completed():
+            self._retire(piece, error)
+        if received and waiting and waiting == len(handle.in_flight):
+            # A part of a reply: had the connection broken, what is in flight had completed. Each call on a handle
+            # lets go of the interpreter's lock, which a busy loop does not soon give back, so this one is saved.
+            return
+        if not handle.refresh():
+            self._drop(handle, reason)
+            return
+        watched = handle.fd, handle.events
+        if self._watched.get(handle) != watched:
+            self._unwatch(handle)
+            self._watched[handle] = watched
+            self._by_fd[handle.fd] = handle
+            self._mailbox.watch(*watched)
+        if handle.ready and handle in self._connecting:
+            self._became_ready(handle)
+
+    def _unwatch(self, handle: _Handle) -> None:
+        fd, _ = self._watched.pop(handle, (-1, 0))
+        if fd >= 0:
+            del self._by_fd[fd]
+            self._mailbox.unwatch(fd)
+
+    def _drop(self, handle: _Handle, reason: str) -> None:
+        """A connection is gone: fail what was in flight on it. With the last one the export is lost."""
+        self._abandon(handle, connection_lost)
+        if self._info is None:
+            self._mailbox.call(_fail, self.connected, HandleError(reason))
+            self._stopping = True
+        elif not self._ready:
+            self._lose(reason)
+        else:
+            log.warning("one connection to the source less, %d are left: %s", len(self._ready), reason)
+
+    def _lose(self, reason: str) -> None:
+        self._abandon_all(connection_lost)
+        self._mailbox.call(_succeed, self.lost, reason)
+
+    def _abandon_all(self, error: Callable[[], OSError]) -> None:
+        for handle in [*self._ready, *self._connecting]:
+            self._abandon(handle, error)
+        while self._urgent or self._bulk:
+            self._retire((self._urgent or self._bulk).popleft(), error())
+
+    def _abandon(self, handle: _Handle, error: Callable[[], OSError]) -> None:
+        self._unwatch(handle)
+        if self._connecting.pop(handle, None) is None:
+            self._ready.remove(handle)
+        for piece in handle.abandon():
+            self._retire(piece, error())
+
+    # Commands, from a connection to the loop.
+
+    def _retire(self, piece: Piece, error: OSError | None) -> None:
+        command = piece.command
+        command.pieces_left -= 1
+        command.error = command.error or error
+        if command.pieces_left:
+            return
+        if isinstance(command, Copy) and command.error is None:
+            self._copies.append(command)
+        else:
+            self._finish(command)
+
+    def _finish(self, command: Command) -> None:
+        result = None
+        if command.error is None:
+            try:
+                result = command.finish(self._pool)
+            except OSError as error:
+                command.error = error
+        self._mailbox.answer(command.done, result, command.error)
+
+    def _let_go(self) -> None:
+        """Close the connections and fail all that is left."""
+        self._abandon_all(_cancelled)
+        while command := self._copies.popleft() if self._copies else self._mailbox.take():
+            command.error = _cancelled()
+            self._finish(command)
+        self._mailbox.close()
+
+
+def _alignment(info: RemoteInfo) -> Alignment:
+    longest = min(info.maximum_block or LONGEST_REQUEST, LONGEST_REQUEST)
+    return Alignment(info.size, info.minimum_block, max(1, longest // info.minimum_block) * info.minimum_block)
+
+
+def _least_loaded(handles: list[_Handle], limit: int) -> _Handle | None:
+    """Return the handle with the fewest bytes in flight that has room for another request."""
+    best = None
+    for handle in handles:
+        if len(handle.in_flight) < limit and (best is None or handle.bytes_in_flight < best.bytes_in_flight):
+            best = handle
+    return best
+
+
+def _cancelled() -> OSError:
+    return OSError(errno.ECANCELED, "the source was closed")
+
+
+def _succeed(future: asyncio.Future[Any], result: object) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

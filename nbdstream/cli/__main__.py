@@ -1,0 +1,7 @@
+"""``python -m nbdstream.cli``."""
+
+import sys
+
+from nbdstream.cli import main
+
+sys.exit(main())

@@ -1,0 +1,70 @@
+"""List the extents of an image or an export: which hold data, which read as zero, and which are not local.
+
+Lines of offset, length, type and description, as nbdinfo --map prints them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from nbdstream.block.chain import open_device_or_uri
+from nbdstream.cli import arguments
+from nbdstream.extents import Extent, ExtentFlags, merge
+
+if TYPE_CHECKING:
+    import argparse
+
+    from nbdstream.block.device import BlockDevice
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``map`` understands."""
+    parser.add_argument("image", metavar="IMAGE|URI", help="an image file, or an NBD URI")
+    arguments.add_format(parser)
+    arguments.add_backing_format(parser)
+    arguments.add_json(parser)
+    parser.add_argument("--tls-certificates", metavar="DIR", help="ca-cert.pem, client-cert.pem and client-key.pem")
+
+
+async def run(options: argparse.Namespace) -> int:
+    """Print the map."""
+    device = await open_device_or_uri(
+        options.image, options.format, options.backing_format, tls_certificates=options.tls_certificates, alone=True
+    )
+    try:
+        extents = await _all_extents(device)
+    finally:
+        await device.close()
+    if options.json:
+        sys.stdout.write(json.dumps([_as_json(extent) for extent in extents], indent=1) + "\n")
+    else:
+        for extent in extents:
+            kind = extent.flags & (ExtentFlags.HOLE | ExtentFlags.ZERO)
+            sys.stdout.write(f"{extent.offset:>12} {extent.length:>12} {int(kind):>4}  {_describe(extent)}\n")
+    return 0
+
+
+async def _all_extents(device: BlockDevice) -> list[Extent]:
+    found: list[Extent] = []
+    position = 0
+    while position < device.size:
+        found += await device.extents(position, device.size - position)
+        position = found[-1].end
+    return list(merge(found))
+
+
+def _describe(extent: Extent) -> str:
+    words = {0: "data", 1: "hole", 2: "zero", 3: "hole,zero"}
+    text = words[int(extent.flags & (ExtentFlags.HOLE | ExtentFlags.ZERO))]
+    return "backing" if extent.flags & ExtentFlags.REMOTE else text
+
+
+def _as_json(extent: Extent) -> dict[str, object]:
+    return {
+        "offset": extent.offset,
+        "length": extent.length,
+        "type": int(extent.flags & (ExtentFlags.HOLE | ExtentFlags.ZERO)),
+        "description": _describe(extent),
+        "depth": extent.depth,
+    }

@@ -1,0 +1,87 @@
+"""Running a command: the event loop, signals, logging, and errors as one line each."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import uvloop
+
+from nbdstream.cli import FAILED
+from nbdstream.errors import NbdstreamError
+from nbdstream.service.logging import set_up_logging
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Coroutine, Iterator
+
+_SWITCH_SECONDS = 0.0002
+"""How long a thread keeps Python to itself while another waits. The default of 5 ms is what a guest's request would wait for
+the thread that fetches."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the chosen command; return its exit code."""
+    set_up_logging(debug=options.debug)
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        code: int = uvloop.run(options.run(options))
+        sys.stdout.flush()
+    except NbdstreamError as error:
+        if options.debug:
+            raise
+        return _fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        return FAILED
+    except OSError as error:
+        if options.debug:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return code
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"nbdstream: {' '.join(message.split())}\n")
+    return FAILED
+
+
+@contextmanager
+def stop_signals() -> Iterator[asyncio.Event]:
+    """Give an event that SIGTERM and SIGINT set; the second signal does what it usually does."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def stopped() -> None:
+        stop.set()
+        for each in signals:
+            loop.remove_signal_handler(each)
+
+    for each in signals:
+        loop.add_signal_handler(each, stopped)
+    try:
+        yield stop
+    finally:
+        for each in signals:
+            loop.remove_signal_handler(each)
+
+
+async def either(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Wait for the work or the signal to stop; return whether the work came to its end. Raises what the work raises."""
+    working = asyncio.ensure_future(work)
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not working.done():
+        working.cancel()
+        await asyncio.wait([working])
+        return False
+    working.result()
+    return True

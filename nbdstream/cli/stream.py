@@ -1,0 +1,112 @@
+"""Make a remote disk local while it is used.
+
+OVERLAY is made if it does not exist, else resumed; once it is independent of SOURCE it is served without it, so one
+command line serves a disk for its whole life. With -U the guest's disk is there before anything has been fetched.
+
+exit codes:
+  0  the overlay is independent (with -U: and the command was told to stop)
+  1  failed
+  2  usage
+  3  stopped before the overlay was independent; the same command resumes it"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from nbdstream.cli import arguments
+from nbdstream.cli.progress import Reporter, bar, json_lines
+from nbdstream.cli.running import either, stop_signals
+from nbdstream.service import notify
+from nbdstream.stream.disk import DiskStream
+from nbdstream.units import format_size
+
+if TYPE_CHECKING:
+    import argparse
+
+log = logging.getLogger(__name__)
+
+_STOPPED_EARLY = 3
+_REPORTS: dict[str, Reporter] = {"bar": bar, "json": json_lines}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``stream`` understands."""
+    parser.add_argument("source", metavar="SOURCE", help="NBD URI (nbd://, nbds://, nbd+unix://) of the disk")
+    parser.add_argument("overlay", metavar="OVERLAY", help="the local QED image")
+    parser.add_argument("-U", "--unix", metavar="PATH", help="serve the disk to a guest on this unix socket")
+    parser.add_argument(
+        "-c",
+        "--connections",
+        type=arguments.count(1, 64),
+        default=4,
+        metavar="N",
+        help="connections to the source, if it allows several (default: 4)",
+    )
+    parser.add_argument(
+        "--rate", type=arguments.size, metavar="BYTES", help="fetch at most so much per second in the background"
+    )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("-p", dest="progress", action="store_const", const="bar", help="the same as --progress bar")
+    shown.add_argument("--progress", choices=sorted(_REPORTS), help="show the progress: a bar, or a line of JSON a second")
+    parser.add_argument("--tls-certificates", metavar="DIR", help="ca-cert.pem, client-cert.pem and client-key.pem")
+    arguments.add_socket_access(parser)
+
+
+async def run(options: argparse.Namespace) -> int:
+    """Stream, and serve until told to stop."""
+    if options.rate == 0:
+        options.rate = None
+    with stop_signals() as stop:
+        disk = await DiskStream.start(
+            options.source,
+            options.overlay,
+            socket=options.unix,
+            socket_mode=options.socket_mode,
+            socket_group=options.socket_group,
+            connections=options.connections,
+            rate=options.rate,
+            tls_certificates=options.tls_certificates,
+        )
+        try:
+            for uri in disk.uris:
+                log.info("serving %s at %s", options.overlay, uri)
+            notify.ready(f"streaming {options.overlay}")
+            finished = await _stream(disk, stop, options.progress)
+            if finished and options.unix:
+                notify.status(f"{options.overlay} is independent")
+                await stop.wait()
+            notify.stopping()
+        finally:
+            await disk.close()
+    if not finished:
+        log.warning("stopped before %s was independent: the same command resumes it", options.overlay)
+    return 0 if finished else _STOPPED_EARLY
+
+
+async def _stream(disk: DiskStream, stop: asyncio.Event, report: str | None) -> bool:
+    """Wait for independence, showing the progress; return whether it was reached."""
+    if disk.independent:
+        log.info("%s is independent: the source is not needed", disk.path)
+        return True
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    reporting = asyncio.ensure_future(_REPORTS[report](lambda: disk.progress)) if report else None
+    try:
+        finished = await either(stop, disk.wait())
+    finally:
+        if reporting:
+            reporting.cancel()
+            await asyncio.wait([reporting])
+    if finished:
+        progress = disk.progress
+        log.info(
+            "%s is independent: fetched %d bytes (%s) of %d allocated in %.1f s",
+            disk.path,
+            progress.fetched,
+            format_size(progress.fetched),
+            progress.allocated,
+            loop.time() - began,
+        )
+    return finished

@@ -1,0 +1,315 @@
+"""A client in the transmission phase: the shell between its transport and the sans-I/O core, and the fast path.
+
+What comes in lies in one receive buffer. Every complete request in it is taken at once, and the replies that can be
+given at once leave with one ``writelines``: no task, future or coroutine for a request that the device answers
+immediately. The others are :class:`InFlight`, and the replies that become ready in one turn of the loop leave together
+as well.
+
+Reading stops while the client does not take its replies, and while too much of what it asked for is in flight. What has
+arrived by then waits in the buffer: the connection is *stalled*.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Final
+
+from nbdstream.errors import ProtocolError
+from nbdstream.server.commands import Commands
+from nbdstream.server.inflight import InFlight, payload_memory
+from nbdstream.server.sockets import describe_peer
+from nbdstream.wire.transmission import READ, Request, RequestFields, Transmission
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from nbdstream.block.device import Buffer
+    from nbdstream.server.export import Export
+    from nbdstream.server.limits import Limits
+    from nbdstream.wire.export import Agreement
+
+_log = logging.getLogger(__name__)
+
+_RECEIVE_BUFFER: Final = 256 << 10
+"""Bytes: 9,000 requests, or 60 small writes, or a little more than a socket holds."""
+
+_REPLY_BATCH: Final = 1 << 20
+"""Bytes of replies that are sent before more requests are looked at."""
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One client with one export open."""
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        export: Export,
+        agreement: Agreement,
+        limits: Limits,
+        *,
+        closed: Callable[[Connection], None],
+    ) -> None:
+        """Take over ``transport``; ``closed`` is told once, when nothing is in flight any more either."""
+        self._transport = transport
+        self._export = export
+        self._limits = limits
+        self._closed = closed
+        self._loop = asyncio.get_running_loop()
+        self._peer = describe_peer(transport)
+        self._transmission = Transmission(agreement)
+        self._commands = Commands(export, self._transmission.replies, agreement.contexts)
+        self._in_flight = InFlight(export.device, self._commands, limits, self._reply)
+        self._view = memoryview(bytearray(_RECEIVE_BUFFER))
+        self._start = self._end = 0
+        """What has been received and not consumed lies between them."""
+        self._incoming: Request | None = None
+        """A WRITE whose payload is being received, past the receive buffer, into ``_payload``."""
+        self._payload = memoryview(b"")
+        self._filled = 0
+        self._held: Request | None = None
+        """A request for which there was no room in flight; those behind it wait, too."""
+        self._stalled = False
+        self._write_paused = False
+        self._reading = True
+        self._replies: list[Buffer] = []
+        self._settling = False
+        self._leaving = False
+        """Closed as soon as everything is answered."""
+        self._end_of_input = False
+        self._lost = False
+        self._linger: asyncio.TimerHandle | None = None
+
+    def begin(self, received: bytes) -> None:
+        """Begin with what the client sent behind its handshake."""
+        _log.debug("%s: opened export %r", self._peer, self._export.name)
+        self._export.connections += 1
+        self._transport.set_write_buffer_limits(high=self._limits.reply_backlog)
+        self._view[: len(received)] = received
+        self._end = len(received)
+        self._take_requests()
+
+    def drain(self) -> None:
+        """Finish what is in flight, refuse what else comes, and close."""
+        self._transmission.shut_down()
+        self._leaving = True
+        self._close_if_done()
+
+    def abort(self) -> None:
+        """Close at once, and give up what is in flight."""
+        self._in_flight.cancel()
+        self._transport.abort()
+
+    # -- called by the transport --------------------------------------------------------------------------
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Return where the next bytes go."""
+        return self._payload[self._filled :] if self._incoming else self._view[self._end :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take what has arrived."""
+        if not self._incoming:
+            self._end += nbytes
+            self._take_requests()
+            return
+        self._filled += nbytes
+        if self._filled == len(self._payload):
+            self._payload_complete()
+
+    def eof_received(self) -> bool:
+        """Answer what has been asked, and close: the client may have closed its sending side only."""
+        self._leaving = self._end_of_input = True
+        self._incoming = None
+        self._close_if_done()
+        return True
+
+    def pause_writing(self) -> None:
+        """Stop reading: the client does not take its replies."""
+        self._write_paused = True
+        self._update_reading()
+
+    def resume_writing(self) -> None:
+        """Go on with what waits in the buffer; later, since this is called from within ``writelines``."""
+        self._write_paused = False
+        self._settle_soon()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of the client. What only reads is given up; what changes the device is finished."""
+        _log.debug("%s: closed%s", self._peer, f": {exc}" if exc else "")
+        self._lost = True
+        self._export.connections -= 1
+        if self._linger:
+            self._linger.cancel()
+        self._replies.clear()
+        self._incoming = self._held = None
+        self._in_flight.cancel_reads()
+        if not self._in_flight.requests:
+            self._closed(self)
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    def _take_requests(self) -> None:
+        """Take every request in the buffer that there is room for, and send what can be answered now."""
+        self._stalled = False
+        try:
+            self._serve_batch()
+        except ProtocolError as error:
+            _log.info("%s: %s", self._peer, error)
+            self._transport.abort()
+            return
+        self._start = self._transmission.position
+        if self._transmission.finished:
+            self._leaving = self._end_of_input = True
+        elif self._transmission.awaiting and not self._stalled:
+            self._receive_payload()
+        if not self._stalled:
+            self._compact()
+        self._settle()
+
+    def _serve_batch(self) -> None:
+        read_now, read_header = self._export.device.read_now, self._transmission.replies.read_header
+        replies = self._replies
+        requests = unsent = total = 0
+        for fields in self._transmission.requests(self._view, self._start, self._end):
+            requests += 1
+            command, _, cookie, offset, length, _, refusal = fields
+            if command != READ or refusal or not length:
+                if not self._serve(fields):
+                    break
+                continue
+            try:
+                buffers = read_now(offset, length)
+            except OSError as error:
+                replies.append(self._commands.failure(Request._make(fields), error))
+                continue
+            if buffers is None:
+                if not self._serve(fields):
+                    break
+                continue
+            if len(buffers) == 1 and len(buffers[0]) == length:
+                replies.append(read_header(cookie, offset, length))
+                replies.append(buffers[0])
+            else:
+                replies += self._commands.read_reply(Request._make(fields), buffers)
+            total += length
+            unsent += length
+            if unsent >= _REPLY_BATCH:
+                self._send()
+                unsent = 0
+                if self._write_paused:
+                    self._stalled = True
+                    break
+        self._export.requests += requests
+        self._export.bytes_read += total
+
+    def _serve(self, fields: RequestFields) -> bool:
+        """Refuse a request or begin it; return False if it has to wait, and whatever comes behind it."""
+        request = Request._make(fields)
+        if request.refusal:
+            self._replies.append(self._transmission.replies.error(request.cookie, *request.refusal))
+            return True
+        if self._in_flight.has_room(request.length):
+            self._in_flight.start(request)
+            return True
+        self._held = request
+        self._stalled = True
+        return False
+
+    def _reply(self, reply: Sequence[Buffer]) -> None:
+        """Take the reply of a request that was in flight."""
+        if not self._lost:
+            self._replies += reply
+            self._settle_soon()
+        elif not self._in_flight.requests:
+            self._closed(self)
+
+    # -- payloads that the buffer does not hold -------------------------------------------------------------
+
+    def _receive_payload(self) -> None:
+        request = self._transmission.awaiting
+        assert request is not None
+        if not self._in_flight.has_room(request.length):
+            self._stalled = True
+            return
+        self._transmission.awaiting = None
+        self._incoming = request
+        self._payload = payload_memory(request.length)
+        self._filled = self._end - self._start
+        self._payload[: self._filled] = self._view[self._start : self._end]
+        self._start = self._end
+
+    def _payload_complete(self) -> None:
+        request = self._incoming
+        assert request is not None
+        self._incoming = None
+        self._export.requests += 1
+        self._in_flight.start(request._replace(payload=self._payload))
+        self._payload = memoryview(b"")
+
+    # -- flow -----------------------------------------------------------------------------------------------
+
+    def _compact(self) -> None:
+        """Move what is left, less than a header, to the front of the buffer."""
+        left = self._end - self._start
+        self._view[:left] = self._view[self._start : self._end]
+        self._start, self._end = 0, left
+
+    def _send(self) -> None:
+        if self._replies:
+            self._transport.writelines(self._replies)
+            self._replies.clear()
+
+    def _settle(self) -> None:
+        """Send what is ready, and see whether to read on or to close."""
+        self._send()
+        self._update_reading()
+        if self._leaving:
+            self._close_if_done()
+
+    def _settle_soon(self) -> None:
+        """Settle after everything that this turn of the loop brings."""
+        if not self._settling:
+            self._settling = True
+            self._loop.call_soon(self._settle_now)
+
+    def _settle_now(self) -> None:
+        self._settling = False
+        if self._lost:
+            return
+        self._settle()
+        if self._stalled and not self._write_paused:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Take up what waits, if there is room for it now."""
+        if self._held:
+            if not self._in_flight.has_room(self._held.length):
+                return
+            request, self._held = self._held, None
+            self._in_flight.start(request)
+        if self._transmission.awaiting:
+            self._stalled = False
+            self._receive_payload()
+            if not self._stalled:
+                self._compact()
+            self._settle()
+        else:
+            self._take_requests()
+
+    def _update_reading(self) -> None:
+        reading = not (self._stalled or self._write_paused or self._end_of_input)
+        if reading == self._reading or self._transport.is_closing():
+            return
+        self._reading = reading
+        if reading:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
+    def _close_if_done(self) -> None:
+        busy = self._replies or self._stalled or self._incoming or self._in_flight.requests
+        if busy or self._lost or self._linger:
+            return
+        self._transport.close()
+        # close() sends what is still queued first, to a client that may never take it.
+        self._linger = self._loop.call_later(self._limits.linger_time, self._transport.abort)

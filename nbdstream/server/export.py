@@ -1,0 +1,79 @@
+"""An export: a device under a name, with what clients may do to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nbdstream.server.contexts import BASE_ALLOCATION, MetaContext
+from nbdstream.wire.export import ExportInfo
+from nbdstream.wire.nbd import TransmissionFlag
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nbdstream.block.device import BlockDevice
+
+_FLAGS = (
+    TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA | TransmissionFlag.SEND_CACHE
+)
+_WRITABLE_FLAGS = TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+
+
+class Export:
+    """One device as one name on a server. Whoever made the device closes it, after the server."""
+
+    def __init__(
+        self,
+        name: str,
+        device: BlockDevice,
+        *,
+        writable: bool,
+        description: str = "",
+        max_connections: int | None = None,
+        contexts: Sequence[MetaContext] = (BASE_ALLOCATION,),
+    ) -> None:
+        """Offer ``device`` as ``name``; raises ValueError for what cannot go over the wire.
+
+        ``max_connections`` is how many clients may have it open at once (None: no limit but the server's).
+        """
+        if writable and device.read_only:
+            msg = f"the device of export {name!r} is read-only"
+            raise ValueError(msg)
+        self.device = device
+        self.max_connections = max_connections
+        self.contexts = {context.name: context for context in contexts}
+        self.info = ExportInfo(
+            name=name,
+            size=device.size,
+            flags=_flags(writable=writable, shared=max_connections != 1),
+            description=description,
+            minimum_block=device.minimum_block,
+            preferred_block=max(device.preferred_block, device.minimum_block, 512),
+            contexts=tuple(self.contexts),
+        )
+        self.connections = 0
+        """Clients that have it open now."""
+        self.requests = 0
+        """Requests taken since it was made, refused ones included."""
+        self.bytes_read = 0
+        """Payload of READ since it was made."""
+        self.bytes_written = 0
+        """Payload of WRITE since it was made."""
+
+    @property
+    def name(self) -> str:
+        """The name that clients ask for."""
+        return self.info.name
+
+    def refusal(self) -> str | None:
+        """Why one more client cannot open it, or None."""
+        if self.max_connections is None or self.connections < self.max_connections:
+            return None
+        return f"the export is open by as many clients as it allows ({self.max_connections})"
+
+
+def _flags(*, writable: bool, shared: bool) -> TransmissionFlag:
+    flags = _FLAGS | (_WRITABLE_FLAGS if writable else TransmissionFlag.READ_ONLY)
+    # All connections use one device, and its flush covers what every one of them wrote. Whoever is alone with
+    # the export must not be invited to open it twice.
+    return flags | TransmissionFlag.CAN_MULTI_CONN if shared else flags

@@ -1,0 +1,134 @@
+"""A client that has not opened an export yet: the shell around the negotiation core.
+
+When it opens one, a :class:`Connection` takes over its transport. Until then it may cost a deadline's time, an
+option's memory, and nothing else: no device hears of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Protocol, cast
+
+from nbdstream.errors import ProtocolError
+from nbdstream.server.connection import Connection
+from nbdstream.server.sockets import describe_peer, tune
+from nbdstream.wire.negotiation import Negotiation, Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nbdstream.server.export import Export
+    from nbdstream.server.limits import Limits
+    from nbdstream.wire.export import ExportInfo
+
+_log = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """What a client's handshake needs of the server."""
+
+    @property
+    def exports(self) -> Sequence[Export]:
+        """What can be opened; the first is the default."""
+
+    @property
+    def limits(self) -> Limits:
+        """What clients may cost."""
+
+    def arrived(self, handshake: Handshake) -> str | None:
+        """Count a new client in, or return why it is turned away."""
+
+    def left(self, handshake: Handshake) -> None:
+        """Take note that the handshake is over, whatever came of it."""
+
+    def opened(self, connection: Connection) -> None:
+        """Take note of a connection in its transmission phase."""
+
+    def closed(self, connection: Connection) -> None:
+        """Take note that the connection is closed and nothing of it is in flight."""
+
+
+class Handshake(asyncio.Protocol):
+    """The handshake of one client."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._negotiation = Negotiation([export.info for export in host.exports], admit=self._admit)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._peer = "?"
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet the client, or turn it away if there are too many."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._peer = describe_peer(self._transport)
+        refusal = self._host.arrived(self)
+        if refusal is not None:
+            _log.warning("%s: turned away: %s", self._peer, refusal)
+            self._transport.abort()
+            return
+        tune(self._transport)
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(self._host.limits.handshake_time, self._too_slow)
+        self._transport.write(self._negotiation.data_to_send())
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has arrived."""
+        if self._negotiation.phase is Phase.CLOSED:
+            return
+        try:
+            phase = self._negotiation.receive(data)
+        except ProtocolError as error:
+            _log.info("%s: %s", self._peer, error)
+            self._transport.abort()
+            return
+        self._transport.write(self._negotiation.data_to_send())
+        if phase is Phase.CLOSED:
+            self._transport.close()
+        elif phase is Phase.TRANSMISSION:
+            self._hand_over()
+
+    def pause_writing(self) -> None:
+        """Stop reading: replies pile up that the client does not take."""
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of the client."""
+        self._end()
+
+    def abort(self) -> None:
+        """Drop the client."""
+        self._transport.abort()
+
+    def _admit(self, info: ExportInfo) -> str | None:
+        return self._export(info).refusal()
+
+    def _export(self, info: ExportInfo) -> Export:
+        return next(export for export in self._host.exports if export.info is info)
+
+    def _too_slow(self) -> None:
+        _log.info("%s: opened no export within %g s", self._peer, self._host.limits.handshake_time)
+        self._transport.abort()
+
+    def _hand_over(self) -> None:
+        agreement = self._negotiation.agreement
+        assert agreement is not None
+        host = self._host
+        self._end()
+        connection = Connection(
+            self._transport, self._export(agreement.export), agreement, host.limits, closed=host.closed
+        )
+        host.opened(connection)
+        self._transport.set_protocol(connection)
+        connection.begin(self._negotiation.rest())
+
+    def _end(self) -> None:
+        if self._deadline:
+            self._deadline.cancel()
+            self._deadline = None
+            self._host.left(self)

@@ -1,0 +1,164 @@
+"""The NBD server: listens, lets clients in, and sees them out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from nbdstream.errors import ListenError
+from nbdstream.server import sockets
+from nbdstream.server.handshake import Handshake
+from nbdstream.server.limits import Limits
+from nbdstream.uri import NbdUri
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nbdstream.server.connection import Connection
+    from nbdstream.server.export import Export
+
+_log = logging.getLogger(__name__)
+
+
+class NbdServer:
+    """Serves exports to any number of clients on any number of sockets."""
+
+    def __init__(self, exports: Sequence[Export], *, limits: Limits = Limits()) -> None:  # noqa: B008 - it is frozen
+        """Serve ``exports``; the first is the default (the empty name). Raises ValueError if two have one name."""
+        names = [export.name for export in exports]
+        if len(set(names)) != len(names):
+            msg = f"two exports have one name: {sorted(names)}"
+            raise ValueError(msg)
+        self.exports = list(exports)
+        self.limits = limits
+        self.uris: list[str] = []
+        """An NBD URI for every export on every socket that it is listened on."""
+        self._servers: list[asyncio.Server] = []
+        self._files: list[tuple[str, tuple[int, int]]] = []
+        self._handshakes: set[Handshake] = set()
+        self._connections: set[Connection] = set()
+        self._closing = False
+        self._changed = asyncio.Event()
+
+    @property
+    def connection_count(self) -> int:
+        """Clients that have opened an export, those whose last requests are being finished included."""
+        return len(self._connections)
+
+    @property
+    def handshake_count(self) -> int:
+        """Clients that have not opened an export yet."""
+        return len(self._handshakes)
+
+    async def listen_unix(self, path: str, *, mode: int = 0o600, group: str | None = None) -> None:
+        """Listen on a unix socket of that file mode and group.
+
+        The socket file of a server that is gone is replaced. Raises ListenError if another server is there.
+        """
+        bound = sockets.bind_unix(path, mode=mode, group=group)
+        self._files.append((path, sockets.identity(path)))
+        await self._listen(bound)
+
+    async def listen_tcp(self, host: str, port: int) -> None:
+        """Listen on every address of ``host``, on ``port`` (0: any free one). Raises ListenError."""
+        loop = asyncio.get_running_loop()
+        try:
+            server = await loop.create_server(lambda: Handshake(self), host, port, backlog=sockets.BACKLOG)
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            msg = f"cannot listen on {host} port {port}: {reason}"
+            raise ListenError(msg) from None
+        self._add(server)
+
+    async def listen_socket(self, sock: socket.socket) -> None:
+        """Listen on a stream socket that is bound already, and own it from now on. Raises ListenError."""
+        await self._listen(sock)
+
+    async def close(self, deadline: float = 10.0) -> None:
+        """Stop listening, finish what is in flight, close every connection; all within ``deadline`` seconds.
+
+        What comes in meanwhile is answered ESHUTDOWN, and clients that have not opened an export are dropped. What
+        is still in flight after ``deadline`` is given up.
+        """
+        self._closing = True
+        for server in self._servers:
+            server.close()
+        for path, made in self._files:
+            sockets.remove(path, made=made)
+        for handshake in list(self._handshakes):
+            handshake.abort()
+        for connection in list(self._connections):
+            connection.drain()
+        if not await self._all_gone(deadline):
+            _log.warning("%d connections did not finish within %g s", self.connection_count, deadline)
+            for connection in list(self._connections):
+                connection.abort()
+            # What was cancelled gets a few turns of the loop to end; a device that does not let go is not waited for.
+            await self._all_gone(1.0)
+        self._servers.clear()
+        self._files.clear()
+
+    # -- called by the clients' protocols ------------------------------------------------------------------
+
+    def arrived(self, handshake: Handshake) -> str | None:
+        """Count a new client in, or return why it is turned away."""
+        limits = self.limits
+        if self._closing:
+            return "the server is shutting down"
+        if len(self._handshakes) >= limits.handshakes:
+            return f"{limits.handshakes} clients are in negotiation already"
+        if len(self._handshakes) + len(self._connections) >= limits.connections:
+            return f"{limits.connections} clients are connected already"
+        self._handshakes.add(handshake)
+        return None
+
+    def left(self, handshake: Handshake) -> None:
+        """Take note that a handshake is over."""
+        self._handshakes.discard(handshake)
+        self._changed.set()
+
+    def opened(self, connection: Connection) -> None:
+        """Take note of a connection in its transmission phase."""
+        self._connections.add(connection)
+
+    def closed(self, connection: Connection) -> None:
+        """Take note that the connection is closed and nothing of it is in flight."""
+        self._connections.discard(connection)
+        self._changed.set()
+
+    # -------------------------------------------------------------------------------------------------------
+
+    async def _listen(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        sock.setblocking(False)
+        make = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
+        try:
+            self._add(await make(lambda: Handshake(self), sock=sock, backlog=sockets.BACKLOG))
+        except OSError as error:
+            msg = f"cannot listen on {sock.getsockname()}: {error.strerror or error}"
+            raise ListenError(msg) from None
+
+    def _add(self, server: asyncio.Server) -> None:
+        self._servers.append(server)
+        for sock in server.sockets:
+            self.uris += [str(_uri(sock, export.name)) for export in self.exports]
+
+    async def _all_gone(self, timeout: float) -> bool:  # noqa: ASYNC109 - a bound on the whole of several waits
+        try:
+            async with asyncio.timeout(timeout):
+                while self._handshakes or self._connections:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+def _uri(sock: socket.socket, export: str) -> NbdUri:
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return NbdUri(socket=os.fsdecode(name), export=export)
+    return NbdUri(host=name[0], port=name[1], export=export)

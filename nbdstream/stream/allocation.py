@@ -1,0 +1,69 @@
+"""Learning what need not be fetched: what the source says reads as zero."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from nbdstream.extents import ExtentFlags
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nbdstream.block.overlay import Overlay
+    from nbdstream.stream.source import Source
+
+
+class Survey:
+    """Walks the source's ``base:allocation`` once, from the start to the end.
+
+    Only what promises zeroes is skipped; a hole that does not is fetched like data.
+    """
+
+    def __init__(self, overlay: Overlay, source: Source) -> None:
+        self._overlay = overlay
+        self._source = source
+        self._zero_from: int | None = None
+        self.position = 0
+        """Up to which byte the source has been asked; clusters that end at or before it are known."""
+        self.data_bytes = 0
+        """What of that is not zero, in bytes: what the source has allocated."""
+        self.done = False
+        self.on_progress: Callable[[], None] = lambda: None
+
+    async def run(self) -> None:
+        """Ask until the end. Raises OSError if the source answers with an error."""
+        end = self._source.size
+        while self.position < end:
+            for extent in await self._source.extents(self.position, end - self.position):
+                zero = bool(extent.flags & ExtentFlags.ZERO)
+                if not zero:
+                    self._end_of_zeroes(extent.offset)
+                    self.data_bytes += extent.length
+                elif self._zero_from is None:
+                    self._zero_from = extent.offset
+                self.position = extent.end
+            self._zeroes_so_far()
+            self.on_progress()
+            await asyncio.sleep(0)
+        self._end_of_zeroes(self._overlay.size)  # behind the source's end there is nothing but zeroes
+        self.position = self._overlay.size
+        self.done = True
+        self.on_progress()
+
+    def _zeroes_so_far(self) -> None:
+        """Note the zeroes seen in full clusters; the run may go on."""
+        if self._zero_from is not None:
+            self._note(self._zero_from, self.position)
+
+    def _end_of_zeroes(self, offset: int) -> None:
+        if self._zero_from is not None:
+            self._note(self._zero_from, offset)
+            self._zero_from = None
+
+    def _note(self, start: int, end: int) -> None:
+        cluster_size = self._overlay.image.cluster_size
+        first = -(-start // cluster_size)
+        behind = -(-end // cluster_size) if end >= self._overlay.size else end // cluster_size
+        if first < behind:
+            self._overlay.reads_zero(first, behind)

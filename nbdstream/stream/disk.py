@@ -1,0 +1,203 @@
+"""A disk that is run while it is streamed: the overlay, its source, the guest's socket and the job, put together.
+
+One command line serves a disk for its whole life: the first time it makes the overlay, later it resumes it, and once
+the overlay is independent it serves it without the source.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from nbdstream.block.overlay import Overlay
+from nbdstream.block.qed.image import QedImage
+from nbdstream.block.qed.layout import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
+from nbdstream.block.qed.opening import create_file, read_header
+from nbdstream.errors import ImageError, NbdstreamError, SourceError, WrongSourceError
+from nbdstream.server.export import Export
+from nbdstream.server.server import NbdServer
+from nbdstream.stream.job import Progress, StreamJob
+from nbdstream.stream.source import Source, round_up
+from nbdstream.uri import NbdUri, UriError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+log = logging.getLogger(__name__)
+
+_DRAIN_SECONDS = 10.0
+_DRAIN_SECONDS_WITHOUT_SOURCE = 1.0
+"""What waits for a lost source will not be answered in this process; what is local is answered at once."""
+
+
+class DiskStream:
+    """One overlay, being served and streamed. Use :meth:`start`."""
+
+    def __init__(self, path: str, overlay: Overlay, server: NbdServer | None, source: Source | None) -> None:
+        self.path = path
+        self.overlay = overlay
+        self._server = server
+        self._source = source
+        self._job: StreamJob | None = None
+        self._running: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        source: str,
+        path: str,
+        *,
+        socket: str | None = None,
+        socket_mode: int = 0o600,
+        socket_group: str | None = None,
+        connections: int = 4,
+        rate: int | None = None,
+        tls_certificates: str | None = None,
+    ) -> DiskStream:
+        """Make or open the overlay, serve it on the unix socket (if given) and begin to stream.
+
+        Raises :class:`NbdstreamError`: nothing is served then, and nothing has changed on disk.
+        """
+        uri = _parse(source)
+        made = not os.path.lexists(path)
+        remote = Source(uri, connections=connections, tls_certificates=tls_certificates)
+        undo: list[Callable[[], Awaitable[None]]] = [remote.close]
+        try:
+            if made:
+                await remote.connect()
+                await asyncio.to_thread(_create, path, uri, remote.size, DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE)
+                undo.insert(0, lambda: asyncio.to_thread(os.unlink, path))
+            else:
+                check_origin(path, uri)
+            image = await QedImage.open(path, writable=True)
+            overlay = Overlay(image, remote)
+            undo.insert(0, image.close)
+            if image.backing_name is None:
+                overlay.below = None
+                await remote.close()
+            elif not made:
+                remote.expect(_source_size(image))
+                await _connect_or_wait(remote, wait=socket is not None)
+            server = await _serve(overlay, socket, socket_mode, socket_group) if socket else None
+        except BaseException:
+            for step in undo:
+                await step()
+            raise
+        disk = cls(path, overlay, server, remote if overlay.below else None)
+        disk._begin(rate)
+        return disk
+
+    def _begin(self, rate: int | None) -> None:
+        if self._source:
+            self._job = StreamJob(self.overlay, self._source, rate=rate)
+            self._running = asyncio.get_running_loop().create_task(self._job.run())
+
+    @property
+    def independent(self) -> bool:
+        """Whether the overlay needs no source any more."""
+        return self.overlay.image.backing_name is None
+
+    @property
+    def progress(self) -> Progress:
+        """How far the stream has come."""
+        if self._job:
+            return self._job.progress
+        return Progress(self.overlay.size, self.overlay.size, 0.0, 0, 0)
+
+    @property
+    def uris(self) -> list[str]:
+        """Where the guest finds its disk."""
+        return self._server.uris if self._server else []
+
+    async def wait(self) -> None:
+        """Wait until the overlay is independent and durable. Raises NbdstreamError if that cannot be."""
+        if self._running:
+            try:
+                await asyncio.shield(self._running)
+            except* OSError as errors:
+                raise NbdstreamError(f"{self.path}: streaming failed: {errors.exceptions[0]}") from errors
+
+    async def close(self) -> None:
+        """Stop serving and streaming. What was written is durable; the overlay can be resumed.
+
+        Requests that wait for a lost source are never answered: their connections are closed.
+        """
+        if self._server:
+            lost = self._source is not None and not self.independent and not self._source.connected
+            await self._server.close(_DRAIN_SECONDS_WITHOUT_SOURCE if lost else _DRAIN_SECONDS)
+        if self._running and not self._running.done():
+            self._running.cancel()
+            await asyncio.wait([self._running])
+        if self._source:
+            await self._source.close()
+        await self.overlay.image.close()
+
+
+def _parse(source: str) -> NbdUri:
+    try:
+        return NbdUri.parse(source)
+    except UriError as error:
+        raise SourceError(str(error)) from error
+
+
+def _create(path: str, uri: NbdUri, size: int, cluster_size: int, table_size: int) -> None:
+    create_file(
+        path,
+        round_up(size),
+        cluster_size=cluster_size,
+        table_size=table_size,
+        backing_name=str(uri.canonical()),
+        origin_size=size,
+    )
+
+
+async def create_overlay(
+    source: str, path: str, *, cluster_size: int, table_size: int, tls_certificates: str | None = None
+) -> None:
+    """Make an overlay of a source, of the size that it says it has. Raises NbdstreamError."""
+    uri = _parse(source)
+    remote = Source(uri, connections=1, tls_certificates=tls_certificates)
+    try:
+        await remote.connect()
+        await asyncio.to_thread(_create, path, uri, remote.size, cluster_size, table_size)
+    finally:
+        await remote.close()
+
+
+def check_origin(path: str, uri: NbdUri) -> None:
+    """Raise ImageError unless the image is an overlay of this source, or was one before it became independent."""
+    _, extension, backing_name = read_header(path)
+    origin = backing_name or (extension.origin if extension else "")
+    if not origin:
+        raise ImageError(f"{path} is no overlay of {uri}: it has no backing file, and remembers none")
+    try:
+        same = NbdUri.parse(origin).same_source(uri)
+    except UriError:
+        same = False
+    if not same:
+        raise ImageError(f"{path} is an overlay of {origin}, not of {uri}")
+
+
+def _source_size(image: QedImage) -> int:
+    """Return what the source's size was; the image has it rounded up to 512."""
+    remembered = image.extension.origin_size if image.extension else 0
+    return remembered if round_up(remembered) == image.size else image.size
+
+
+async def _connect_or_wait(source: Source, *, wait: bool) -> None:
+    """Connect to the source of an existing overlay; with ``wait``, one that is away may come later."""
+    try:
+        await source.connect()
+    except SourceError as error:
+        if not wait or isinstance(error, WrongSourceError):
+            raise
+        log.warning("%s: what is local is served, the rest waits", error)
+        source.connect_later(str(error))
+
+
+async def _serve(overlay: Overlay, socket: str, mode: int, group: str | None) -> NbdServer:
+    server = NbdServer([Export("", overlay, writable=True)])
+    await server.listen_unix(socket, mode=mode, group=group)
+    return server

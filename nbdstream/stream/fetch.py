@@ -1,0 +1,131 @@
+"""The one table of fetches in flight: whoever needs a cluster that is being fetched joins, nobody fetches it twice.
+
+A fetch copies remote clusters from the source into new clusters of the image, and lets the overlay adopt those that
+are still remote then. What the guest wrote meanwhile went elsewhere and is not touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nbdstream.block.overlay import Overlay
+    from nbdstream.stream.source import Source
+
+_LONGEST_FETCH = 1 << 20
+"""Bytes that one fetch asks for at most: a guest's read waits behind those that are on the line."""
+
+
+class Fetch:
+    """Clusters ``first .. behind-1`` on their way to ``place`` in the file."""
+
+    __slots__ = ("behind", "first", "length", "place", "waiters")
+
+    def __init__(self, first: int, behind: int, place: int, length: int) -> None:
+        self.first = first
+        self.behind = behind
+        self.place = place
+        self.length = length
+        self.waiters: list[asyncio.Future[OSError | None]] = []
+
+
+class Fetches:
+    """Fetches remote clusters of one overlay. It is the overlay's :class:`~nbdstream.block.overlay.Keeper`."""
+
+    def __init__(self, overlay: Overlay, source: Source) -> None:
+        self._overlay = overlay
+        self._image = overlay.image
+        self._source = source
+        self._cluster_size = overlay.image.cluster_size
+        self._in_flight: dict[int, Fetch] = {}
+        self.bytes_in_flight = 0
+        self.bytes_fetched = 0
+        """What came over the connection, in bytes."""
+        self.on_finished: Callable[[OSError | None], None] = lambda _error: None
+        """Called when a fetch ended, with what went wrong."""
+
+    async def keep(self, first: int, behind: int) -> None:
+        """Make clusters local for somebody who waits. Returns without, where the disk is full.
+
+        Raises OSError if the source answers with an error.
+        """
+        waiting = [self._join(fetch) for fetch in self._needed(first, behind)]
+        for error in await asyncio.gather(*waiting) if waiting else ():
+            if error is not None and error.errno != errno.ENOSPC:
+                raise OSError(error.errno, error.strerror)
+
+    def _needed(self, first: int, behind: int) -> list[Fetch]:
+        """Return the fetches that together make these clusters local, begun where there was none."""
+        needed: list[Fetch] = []
+        remote = self._overlay.remote
+        while remote is not None and (first := remote.find(1, first, behind)) >= 0:
+            fetch = self._in_flight.get(first) or self.begin(first, behind - first, urgent=True)
+            needed.append(fetch)
+            first = fetch.behind
+        return needed
+
+    def _join(self, fetch: Fetch) -> asyncio.Future[OSError | None]:
+        waiter: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
+        fetch.waiters.append(waiter)
+        return waiter
+
+    def is_in_flight(self, cluster: int) -> bool:
+        """Whether a cluster is being fetched."""
+        return cluster in self._in_flight
+
+    def begin(self, first: int, most: int, *, urgent: bool = False) -> Fetch:
+        """Begin to fetch ``first``, which is remote and not in flight, with the like behind it: ``most`` at most."""
+        count = self._run(first, min(most, max(1, _LONGEST_FETCH // self._cluster_size)))
+        place, count = self._image.allocate(first, count)
+        offset = first * self._cluster_size
+        length = max(0, min(count * self._cluster_size, self._source.size - offset))
+        fetch = Fetch(first, first + count, place, length)
+        self._in_flight.update(dict.fromkeys(range(first, fetch.behind), fetch))
+        self.bytes_in_flight += length
+        self._source.copy_soon(
+            offset,
+            length,
+            self._image.fd,
+            place,
+            lambda zero, error: self._copied(fetch, zero, error),
+            zero_unit=self._cluster_size,
+            urgent=urgent,
+        )
+        return fetch
+
+    def _run(self, first: int, most: int) -> int:
+        """Return how many clusters from ``first`` on are remote and not in flight."""
+        remote = self._overlay.remote
+        assert remote is not None
+        local = remote.find(0, first, first + most)
+        behind = min(first + most, len(remote)) if local < 0 else local
+        return next((c - first for c in range(first + 1, behind) if c in self._in_flight), behind - first)
+
+    def _copied(self, fetch: Fetch, zero: int | None, error: OSError | None) -> None:
+        if error is None and zero is not None:
+            self.bytes_fetched += fetch.length
+            missing = (fetch.behind - fetch.first) * self._cluster_size - fetch.length
+            if missing:  # the last cluster of a disk that ends within it: a cluster lies in the file as a whole
+                self._image.write_now(
+                    fetch.place + fetch.length, bytes(missing), lambda failed: self._store(fetch, zero, failed)
+                )
+                return
+        self._store(fetch, zero or 0, error)
+
+    def _store(self, fetch: Fetch, zero: int, error: OSError | None) -> None:
+        for cluster in range(fetch.first, fetch.behind):
+            del self._in_flight[cluster]
+        self.bytes_in_flight -= fetch.length
+        count = fetch.behind - fetch.first
+        if error is None:
+            self._overlay.adopt(fetch.first, fetch.place, count, zero)
+        else:
+            self._image.release(fetch.place, count)
+        for waiter in fetch.waiters:
+            if not waiter.done():
+                waiter.set_result(error)
+        self.on_finished(error)

@@ -1,0 +1,127 @@
+"""The command line of ``scripts/bench``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from typing import TYPE_CHECKING
+
+from nbdstream.units import SizeError, parse_size
+from tests.bench import peers
+from tests.bench.process import BenchError
+from tests.bench.reads import measure_reads
+from tests.bench.report import Settings, this_machine, write_report
+from tests.bench.transfer import measure_transfers, server_named
+
+if TYPE_CHECKING:
+    from tests.bench.results import Section
+
+CHUNK = 16 << 20
+SECTIONS = ("reads", "stream")
+
+
+def main() -> int:
+    """Measure, print and write the report; 1 if somebody could not be measured or moved the wrong bytes."""
+    arguments = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception: servers are stopped
+    output = os.path.abspath(arguments.output)
+    os.makedirs(output, exist_ok=True)
+    # The sockets have a directory of their own because a socket's path must be short.
+    scratch, sockets = tempfile.mkdtemp(prefix="work-", dir=output), tempfile.mkdtemp(prefix="nbdstream-bench-")
+    try:
+        machine = this_machine(scratch)
+        source = f"{scratch}/source.raw"
+        _make_source(source, arguments.size)
+        sections = _measure(arguments, source, scratch, sockets)
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(scratch)
+        shutil.rmtree(sockets)
+    settings = Settings(arguments.quick, arguments.rounds, arguments.size, arguments.seconds, arguments.source)
+    print()
+    print(write_report(output, machine, settings, sections))
+    print(f"Written to {output}/bench.md and bench.json.")
+    return 1 if any(section.problems for section in sections) else 0
+
+
+def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: str) -> list[Section]:
+    systems = [peers.host_system()]
+    systems += [peers.chroot_system(name, [scratch, sockets]) for name in arguments.peers]
+    servers, movers = peers.nbd_servers(systems, arguments.ours), peers.movers(systems, arguments.ours)
+    if unknown := set(arguments.only) - {competitor.key for competitor in (*servers, *movers)}:
+        msg = f"nobody is called {', '.join(sorted(unknown))}"
+        raise BenchError(msg)
+    sections = []
+    if arguments.section in ("reads", "all"):
+        sections.append(measure_reads(
+            source, peers.selected(servers, arguments.only),
+            rounds=arguments.rounds, seconds=arguments.seconds, scratch=scratch, sockets=sockets,
+        ))  # fmt: skip
+    if arguments.section in ("stream", "all"):
+        sections.append(measure_transfers(
+            source, server_named(servers, arguments.source),
+            peers.selected(movers, arguments.only),
+            rounds=arguments.rounds, scratch=scratch, sockets=sockets,
+        ))  # fmt: skip
+    return sections
+
+
+def _make_source(path: str, size: int) -> None:
+    """Random data: nothing of it reads as zero, and it compresses nowhere."""
+    with open(path, "wb") as file:
+        file.writelines(os.urandom(min(CHUNK, size - offset)) for offset in range(0, size, CHUNK))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _size(text: str) -> int:
+    try:
+        size = parse_size(text)
+    except SizeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if size < 1 << 20 or size % (1 << 20):
+        raise argparse.ArgumentTypeError("whole MiB, please")
+    return size
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description="Measure nbdstream and its peers side by side, in turns, and write a table and JSON.",
+    )
+    add = parser.add_argument
+    add("section", nargs="?", choices=(*SECTIONS, "all"), default="all")
+    add("--rounds", type=_positive, metavar="N", help="how often everybody has a turn (default 5, quick 1)")
+    add("--size", type=_size, help="of the disk (default 2G, quick 32M)")
+    add("--seconds", type=float, help="of each run of fio (default 2, quick 0.2)")
+    add("--quick", action="store_true", help="show that everything works, not how fast it is")
+    add("--peers", action="append", default=[], choices=("debian13",), help="newer peers too, from a chroot")
+    add("--source", default="nbdkit", help="who serves what is streamed (default nbdkit)")
+    add("--only", default="", metavar="NAME,...", help="some of them: nbdstream,nbdkit,qemu-nbd@debian13,...")
+    add("--ours", default=f"{peers.ROOT}/.venv/bin/nbdstream", metavar="COMMAND", help="another nbdstream command")
+    add("--output", default=f"{peers.ROOT}/build/bench", metavar="DIR",
+        help="where the report goes, and the disks meanwhile: on a disk file system (default build/bench)")  # fmt: skip
+    arguments = parser.parse_args()
+    rounds, size, seconds = (1, 32 << 20, 0.2) if arguments.quick else (5, 2 << 30, 2.0)
+    arguments.rounds = arguments.rounds or rounds
+    arguments.size = arguments.size or size
+    arguments.seconds = arguments.seconds or seconds
+    arguments.only = [name for name in arguments.only.split(",") if name]
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Reads served from a raw file in the page cache, over a unix socket: fio's NBD engine and nbdcopy are the clients.
+
+The clients are this machine's own for everybody. All servers are up all the time; who is not read from is idle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tests.bench.process import BenchError, Server, run, serving
+from tests.bench.results import Floor, Section, Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tests.bench.peers import Competitor, NbdServer
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class FioWorkload(Workload):
+    """Reads of one size, at random or in sequence, with so many in flight on one connection."""
+
+    pattern: str
+    block_size: int
+    depth: int
+
+    def measure(self, uri: str, seconds: float, scratch: str) -> tuple[float, dict[str, float]]:
+        """Return the speed in the workload's unit, and latencies in microseconds. Raises BenchError."""
+        report = f"{scratch}/fio.json"
+        run([
+            "fio", "--name=reads", "--ioengine=nbd", f"--uri={uri}", f"--rw={self.pattern}", f"--bs={self.block_size}",
+            f"--iodepth={self.depth}", "--time_based", f"--runtime={seconds * 1000:.0f}ms",
+            "--output-format=json", f"--output={report}",
+        ])  # fmt: skip
+        with open(report) as file:
+            text = file.read()
+        job = json.loads(text[text.index("{") :])["jobs"][0]  # fio's notes come before the JSON
+        reads = job["read"]
+        if job["error"] or not reads["total_ios"]:
+            msg = f"fio read nothing from {uri}: error {job['error']}"
+            raise BenchError(msg)
+        percentiles = reads["clat_ns"]["percentile"]
+        latencies = {f"p{name}_us": percentiles[f"{name}.000000"] / 1000 for name in (50, 99)}
+        return float(reads["iops"] if self.unit == "reads/s" else reads["bw_bytes"]), latencies
+
+
+NBDCOPY = Workload("nbdcopy to null:", "s")
+FIO_WORKLOADS = (
+    FioWorkload("4 KiB random, depth 1", "reads/s", "randread", 4 * KIB, 1),
+    FioWorkload("4 KiB random, depth 32", "reads/s", "randread", 4 * KIB, 32),
+    FioWorkload("64 KiB random, depth 16", "reads/s", "randread", 64 * KIB, 16),
+    FioWorkload("256 KiB sequential, depth 16", "bytes/s", "read", 256 * KIB, 16),
+    FioWorkload("1 MiB sequential, depth 16", "bytes/s", "read", 1024 * KIB, 16),
+)
+FLOORS = (
+    Floor("4 KiB random, depth 32", "nbdkit", 1.3),
+    Floor("256 KiB sequential, depth 16", "nbdkit", 1.3),
+)
+
+
+def measure_reads(
+    path: str, servers: Sequence[NbdServer], *, rounds: int, seconds: float, scratch: str, sockets: str
+) -> Section:
+    """Measure ``servers`` over the file ``path``, ``seconds`` for each run of fio."""
+    section = Section(
+        "reads",
+        f"Reads served from a raw file of {os.path.getsize(path) >> 20} MiB in the page cache, over a unix socket",
+        [*servers],
+        [*FIO_WORKLOADS, NBDCOPY],
+        FLOORS,
+    )
+    with contextlib.ExitStack() as stack:
+        running: dict[str, Server] = {}
+        for number, server in enumerate(servers):
+            try:
+                socket_path = f"{sockets}/reads{number}"
+                running[server.key] = stack.enter_context(serving(server.argv(path, socket_path), socket_path))
+                # Everybody serves the right bytes, and all of them are in the page cache afterwards.
+                run(["qemu-img", "compare", "-f", "raw", "-F", "raw", path, running[server.key].uri])
+            except BenchError as error:
+                section.fail(server, str(error))
+        for round_number in range(rounds):
+            for workload in section.workloads:
+                for competitor in section.turn(round_number):
+                    print(f"reads, round {round_number + 1}, {workload.title}, {competitor.label}", file=sys.stderr)
+                    _measure(section, workload, competitor, running[competitor.key], seconds, scratch)
+    return section
+
+
+def _measure(
+    section: Section, workload: Workload, competitor: Competitor, server: Server, seconds: float, scratch: str
+) -> None:
+    try:
+        if isinstance(workload, FioWorkload):
+            value, details = workload.measure(server.uri, seconds, scratch)
+        else:
+            start = time.perf_counter()
+            run(["nbdcopy", server.uri, "null:"])
+            value, details = time.perf_counter() - start, {}
+        server.check()
+    except BenchError as error:
+        section.fail(competitor, str(error))
+    else:
+        section.add(workload, competitor, value, **details)

@@ -1,0 +1,91 @@
+"""The benchmark measures everybody, and its arithmetic is right. How fast anybody is, is not tested here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.bench import peers
+from tests.bench.process import BenchError
+from tests.bench.qmp import block_stream
+from tests.bench.results import Floor, Section, Workload
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BENCH = f"{peers.ROOT}/scripts/bench"
+SERVERS = {"nbdstream", "nbdkit", "qemu-nbd"}
+MOVERS = {"nbdstream", "block-stream", "qemu-img convert", "nbdcopy", "cp"}
+
+
+def test_quick_run_measures_everybody(tmp_path: Path) -> None:
+    done = subprocess.run([BENCH, "--quick", "--output", str(tmp_path)], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    sections = json.loads((tmp_path / "bench.json").read_text())["sections"]
+    for name, competitors in (("reads", SERVERS), ("stream", MOVERS)):
+        assert sections[name]["problems"] == {}
+        for workload in sections[name]["workloads"].values():
+            medians = {key: result["median"] for key, result in workload["results"].items()}
+            assert set(medians) == competitors
+            assert min(medians.values()) > 0
+        assert all(floor["measured"] > 0 for floor in sections[name]["floors"])
+    assert sorted(os.listdir(tmp_path)) == ["bench.json", "bench.md"]
+
+
+def test_a_command_that_fails_is_named_and_makes_the_run_fail(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [BENCH, "stream", "--quick", "--ours", "/bin/false", "--only", "nbdstream,cp", "--output", str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 1
+    section = json.loads((tmp_path / "bench.json").read_text())["sections"]["stream"]
+    assert set(section["problems"]) == {"nbdstream"}
+    assert [set(workload["results"]) for workload in section["workloads"].values()] == [{"cp"}]
+
+
+def test_block_stream_tells_what_the_daemon_said(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.qed"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "raw", str(overlay), "1M"], check=True)
+
+    with pytest.raises(BenchError, match="Image not in QED format"):
+        block_stream(["qemu-storage-daemon"], str(overlay), str(tmp_path / "qmp"))
+
+
+@pytest.fixture
+def section() -> Section:
+    competitors = [peers.Competitor(key, key) for key in ("nbdstream", "a", "b")]
+    workloads = [Workload("reads", "reads/s"), Workload("copy", "s")]
+    return Section("section", "A section", competitors, workloads, (Floor("copy", "a", 3),))
+
+
+def test_everybody_is_first_in_turn_and_follows_another(section: Section) -> None:
+    assert ["".join(one.key[0] for one in section.turn(number)) for number in range(4)] == ["nab", "anb", "bna", "nba"]
+
+
+def test_who_failed_has_no_turn_and_no_figures(section: Section) -> None:
+    section.add(section.workloads[0], section.competitors[1], 1.0)
+    section.fail(section.competitors[1], "why")
+
+    assert [competitor.key for competitor in section.turn(0)] == ["nbdstream", "b"]
+    assert section.samples == {}
+
+
+def test_ratio_says_how_many_times_as_fast_we_are(section: Section) -> None:
+    reads, copy = section.workloads
+    ours, peer = section.competitors[:2]
+    for value in (10.0, 30.0, 20.0):
+        section.add(reads, ours, value)
+        section.add(copy, ours, value)
+    section.add(reads, peer, 10.0)
+    section.add(copy, peer, 60.0)
+
+    assert section.ratio(reads, "a") == pytest.approx(2)
+    assert section.ratio(copy, "a") == pytest.approx(3)
+    assert section.ratio(copy, "b") is None
+    assert section.floor_ratios()[0][1] == pytest.approx(3)
