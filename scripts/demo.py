@@ -28,7 +28,7 @@ from urllib.parse import quote
 from tests.support.guest import Guest, GuestError, logged_disk, nbd_disk, overlay_without_writes, qed_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,6 +177,17 @@ class Command:
             time.sleep(0.005)
         return time.monotonic()
 
+    def wait_for(self, done: Callable[[], bool]) -> None:
+        """Wait as long as the command runs and there is progress."""
+        position, since = 0, time.monotonic()
+        while not done():
+            self.check_running()
+            if self.progress.get("position", 0) > position:
+                position, since = self.progress["position"], time.monotonic()
+            if time.monotonic() > since + 60:
+                raise DemoError(f"{self.name} makes no progress: {self.log()}")
+            time.sleep(0.02)
+
     def _read_progress(self, stream: IO[str]) -> None:
         for line in stream:
             if line.startswith("{"):
@@ -257,9 +268,7 @@ def demonstrate(work: Path, rate: str, stack: ExitStack, screen: Screen) -> None
             screen.say(f"   {seconds:5.1f} s: the guest {event.text} ({fetched:.0f} MiB fetched so far)")
         guest.wait()
         while_filling = not is_independent(overlay)
-    while not is_independent(overlay):
-        streamer.check_running()
-        time.sleep(0.02)
+    streamer.wait_for(lambda: is_independent(overlay))
     independent = time.monotonic() - streamer.started
     screen.end_bar()
     if "backing-filename" in json.loads(output_of("qemu-img", "info", "-U", "--output=json", str(overlay))):

@@ -83,7 +83,7 @@ async def _open_below(image: QedImage, formats: Sequence[str], *, alone: bool) -
 def _resolve(overlay: str, name: str) -> str:
     """Return the path of a backing file; a relative name begins at the overlay's directory (as QEMU has it)."""
     if name.startswith("json:"):
-        raise ImageError(f"{overlay}: the backing file name {name} is a json: name: only paths and NBD URIs are opened")
+        raise ImageError(f"{overlay}: its backing file {name} is a json: name: only paths and NBD URIs are opened")
     if ":" in name.split("/", 1)[0]:
-        raise ImageError(f"{overlay}: the backing file name {name} names a protocol: only paths and NBD URIs are opened")
+        raise ImageError(f"{overlay}: its backing file {name} names a protocol: only paths and NBD URIs are opened")
     return os.path.join(os.path.dirname(overlay), name)

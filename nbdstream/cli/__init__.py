@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in ("nbd", "libnbdmod"):
             raise
         sys.stderr.write(
-            "nbdstream: libnbd's Python bindings are missing: install python3-libnbd with the system's package manager, "
-            "and run nbdstream from a virtual environment made with /usr/bin/python3 -m venv --system-site-packages\n"
+            "nbdstream: libnbd's Python bindings are missing: install python3-libnbd with the system's package "
+            "manager, and use a virtual environment made with /usr/bin/python3 -m venv --system-site-packages\n"
         )
         return FAILED
     try:

@@ -72,7 +72,11 @@ def add_backing_format(parser: argparse.ArgumentParser) -> None:
 def add_socket_access(parser: argparse.ArgumentParser) -> None:
     """Add who may use a unix socket."""
     parser.add_argument(
-        "--socket-mode", type=file_mode, default=0o600, metavar="MODE", help="file mode of the unix socket (default: 0600)"
+        "--socket-mode",
+        type=file_mode,
+        default=0o600,
+        metavar="MODE",
+        help="file mode of the unix socket (default: 0600)",
     )
     parser.add_argument("--socket-group", metavar="GROUP", help="group of the unix socket")
 

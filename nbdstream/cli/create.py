@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``create`` understands."""
     parser.add_argument("overlay", metavar="OVERLAY", help="the image file to make; it must not exist")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--size", type=arguments.size, metavar="BYTES", help="make an empty disk of this size (k, M, G, T)")
+    what.add_argument("--size", type=arguments.size, metavar="BYTES", help="make an empty disk of this size")
     what.add_argument("--backing", metavar="SOURCE", help="make an overlay of this NBD URI")
     parser.add_argument(
         "--cluster-size",

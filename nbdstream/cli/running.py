@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
 
 _SWITCH_SECONDS = 0.0002
-"""How long a thread keeps Python to itself while another waits. The default of 5 ms is what a guest's request would wait for
-the thread that fetches."""
+"""How long a thread keeps Python to itself while another waits. With the default of 5 ms, that is how long a guest's
+request would wait for the thread that fetches."""
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from nbdstream.block.chain import open_device
 from nbdstream.cli import arguments
 from nbdstream.cli.running import stop_signals
-from nbdstream.errors import NbdstreamError
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
 from nbdstream.service import notify
@@ -27,12 +26,14 @@ _MOST_CLIENTS = 10_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``serve`` understands."""
-    parser.add_argument("image", metavar="IMAGE", nargs="+", help="a raw image, a block device, or with -f qed a QED image")
+    parser.add_argument("image", metavar="IMAGE", help="a raw image, a block device, or with -f qed a QED image")
     arguments.add_format(parser)
     arguments.add_backing_format(parser)
     parser.add_argument("-x", "--export-name", default="", metavar="NAME", help='name of the export (default: "")')
     parser.add_argument("-U", "--unix", "-k", "--socket", metavar="PATH", help="listen on a unix socket")
-    parser.add_argument("-b", "--bind", default="127.0.0.1", metavar="ADDR", help="listen on this address (default: 127.0.0.1)")
+    parser.add_argument(
+        "-b", "--bind", default="127.0.0.1", metavar="ADDR", help="listen on this address (default: 127.0.0.1)"
+    )
     parser.add_argument(
         "-p",
         "--port",
@@ -57,14 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def run(options: argparse.Namespace) -> int:
     """Serve until told to stop."""
-    if len(options.image) > 1:
-        raise NbdstreamError("only one image can be served at a time")
-    path = options.image[0]
+    path = options.image
     async with AsyncExitStack() as stack:
         device = await open_device(path, options.format, options.backing_format, writable=options.writable)
         stack.push_async_callback(device.close)
         export = Export(
-            options.export_name, device, writable=options.writable, description=path, max_connections=options.shared or None
+            options.export_name,
+            device,
+            writable=options.writable,
+            description=path,
+            max_connections=options.shared or None,
         )
         server = NbdServer([export])
         stack.push_async_callback(server.close)

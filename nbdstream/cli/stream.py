@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("-p", dest="progress", action="store_const", const="bar", help="the same as --progress bar")
-    shown.add_argument("--progress", choices=sorted(_REPORTS), help="show the progress: a bar, or a line of JSON a second")
+    shown.add_argument("--progress", choices=sorted(_REPORTS), help="show a bar, or a line of JSON a second")
     parser.add_argument("--tls-certificates", metavar="DIR", help="ca-cert.pem, client-cert.pem and client-key.pem")
     arguments.add_socket_access(parser)
 

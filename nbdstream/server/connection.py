@@ -59,7 +59,7 @@ class Connection(asyncio.BufferedProtocol):
         self._peer = describe_peer(transport)
         self._transmission = Transmission(agreement)
         self._commands = Commands(export, self._transmission.replies, agreement.contexts)
-        self._in_flight = InFlight(export.device, self._commands, limits, self._reply)
+        self._in_flight = InFlight(export, self._commands, limits, self._reply)
         self._view = memoryview(bytearray(_RECEIVE_BUFFER))
         self._start = self._end = 0
         """What has been received and not consumed lies between them."""
@@ -117,11 +117,13 @@ class Connection(asyncio.BufferedProtocol):
             self._payload_complete()
 
     def eof_received(self) -> bool:
-        """Answer what has been asked, and close: the client may have closed its sending side only."""
-        self._leaving = self._end_of_input = True
-        self._incoming = None
-        self._close_if_done()
-        return True
+        """Let the client go: without DISC, the end of its stream is all that tells us that it is gone.
+
+        A request that waits for a lost source must not keep the connection for ever, so nothing in flight is
+        waited for. (Behind DISC nothing is read, so this is not called: libnbd closes its sending side there.)
+        """
+        self._begin_linger()
+        return False
 
     def pause_writing(self) -> None:
         """Stop reading: the client does not take its replies."""
@@ -311,5 +313,8 @@ class Connection(asyncio.BufferedProtocol):
         if busy or self._lost or self._linger:
             return
         self._transport.close()
-        # close() sends what is still queued first, to a client that may never take it.
+        self._begin_linger()
+
+    def _begin_linger(self) -> None:
+        # A closing transport sends what is still queued first, to a client that may never take it.
         self._linger = self._loop.call_later(self._limits.linger_time, self._transport.abort)

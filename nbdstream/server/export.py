@@ -56,9 +56,9 @@ class Export:
         self.requests = 0
         """Requests taken since it was made, refused ones included."""
         self.bytes_read = 0
-        """Payload of READ since it was made."""
+        """Payload that clients asked for since it was made."""
         self.bytes_written = 0
-        """Payload of WRITE since it was made."""
+        """Payload that clients sent since it was made."""
 
     @property
     def name(self) -> str:

@@ -12,8 +12,9 @@ from nbdstream.wire.nbd import Cmd, CmdFlag
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from nbdstream.block.device import BlockDevice, Buffer
+    from nbdstream.block.device import Buffer
     from nbdstream.server.commands import Commands
+    from nbdstream.server.export import Export
     from nbdstream.server.limits import Limits
     from nbdstream.wire.transmission import Request
 
@@ -36,14 +37,14 @@ class InFlight:
 
     def __init__(
         self,
-        device: BlockDevice,
+        export: Export,
         commands: Commands,
         limits: Limits,
         reply: Callable[[Sequence[Buffer]], None],
     ) -> None:
         self.requests = 0
         self._bytes = 0
-        self._device = device
+        self._export = export
         self._commands = commands
         self._limits = limits
         self._reply = reply
@@ -62,10 +63,14 @@ class InFlight:
         """Begin a valid request; its reply comes later, never before this returns."""
         self.requests += 1
         self._bytes += _held_bytes(request)
-        command, flags, _, offset, _, payload, _ = request
+        command, flags, _, offset, length, payload, _ = request
+        if command == _READ:
+            self._export.bytes_read += length
+        elif command == _WRITE:
+            self._export.bytes_written += length
         if command == _WRITE and payload and not flags & _FUA:
             try:
-                taken = self._device.write_now(offset, payload, partial(self._written, request))
+                taken = self._export.device.write_now(offset, payload, partial(self._written, request))
             except OSError as error:
                 self._loop.call_soon(self._written, request, error)
                 return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from nbdstream.block.overlay import Overlay
 from nbdstream.block.qed.image import QedImage
@@ -61,7 +61,7 @@ class DiskStream:
         Raises :class:`NbdstreamError`: nothing is served then, and nothing has changed on disk.
         """
         uri = _parse(source)
-        made = not os.path.lexists(path)
+        made = not await asyncio.to_thread(os.path.lexists, path)
         remote = Source(uri, connections=connections, tls_certificates=tls_certificates)
         undo: list[Callable[[], Awaitable[None]]] = [remote.close]
         try:
@@ -70,7 +70,7 @@ class DiskStream:
                 await asyncio.to_thread(_create, path, uri, remote.size, DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE)
                 undo.insert(0, lambda: asyncio.to_thread(os.unlink, path))
             else:
-                check_origin(path, uri)
+                await asyncio.to_thread(check_origin, path, uri)
             image = await QedImage.open(path, writable=True)
             overlay = Overlay(image, remote)
             undo.insert(0, image.close)
@@ -118,6 +118,12 @@ class DiskStream:
                 await asyncio.shield(self._running)
             except* OSError as errors:
                 raise NbdstreamError(f"{self.path}: streaming failed: {errors.exceptions[0]}") from errors
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def close(self) -> None:
         """Stop serving and streaming. What was written is durable; the overlay can be resumed.

@@ -1,4 +1,4 @@
-"""The overlay: what is read is what was written, or what lies below; in any order, at the same time, and after closing."""
+"""The overlay: what is read is what was written, or what lies below; in any order, together, and after closing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import errno
 import random
 from collections.abc import Callable, Coroutine
 from itertools import pairwise
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,6 +17,9 @@ from nbdstream.block.qed.opening import create_file
 from nbdstream.extents import ExtentFlags
 from tests.support.memory import MemoryDevice
 from tests.support.qed import qemu_check
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CLUSTER = 65536
 

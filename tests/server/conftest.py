@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import struct
 import tempfile
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,11 @@ async def harness(directory: str) -> AsyncIterator[Harness]:
         await server.close(1)
 
 
+MEGABYTE = struct.pack("!262144I", *range(1 << 18))
+"""Different everywhere."""
+
+
 @pytest.fixture
 async def device() -> MemoryDevice:
-    """A megabyte that is different everywhere."""
-    return MemoryDevice(b"".join(number.to_bytes(4, "big") for number in range(1 << 18)))
+    """A megabyte."""
+    return MemoryDevice(MEGABYTE)

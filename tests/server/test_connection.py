@@ -341,11 +341,11 @@ async def test_disc_finishes_what_is_in_flight_and_closes(client: RawClient, dev
     assert await client.reader.read() == b""
 
 
-async def test_a_client_that_closes_its_sending_side_gets_its_replies(
+async def test_a_client_that_closes_its_sending_side_behind_disc_gets_its_replies(
     client: RawClient, device: MemoryDevice
 ) -> None:
     device.slow = True
-    client.send(request(Cmd.READ, 1, 0, 16))
+    client.send(request(Cmd.READ, 1, 0, 16) + request(Cmd.DISC, 2))
     client.writer.write_eof()
     assert (await client.reply(16)).payload[-16:] == device.data[:16]
     assert await client.reader.read() == b""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nbdstream.block.device import BlockDevice, Buffer
 from nbdstream.extents import Extent, ExtentFlags
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class MemoryDevice(BlockDevice):

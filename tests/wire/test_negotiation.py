@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import struct
 from dataclasses import replace
 
@@ -327,7 +328,7 @@ def test_the_portions_in_which_bytes_arrive_make_no_difference(stream: bytes, cu
     whole = outcome([stream])
     assert outcome([stream[at : at + 1] for at in range(len(stream))]) == whole
     edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
-    assert outcome([stream[a:b] for a, b in zip(edges, edges[1:], strict=False)]) == whole
+    assert outcome([stream[a:b] for a, b in itertools.pairwise(edges)]) == whole
 
 
 @given(pieces=st.lists(st.binary(max_size=100), max_size=20))

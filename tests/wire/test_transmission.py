@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -266,7 +267,7 @@ def test_the_portions_in_which_bytes_arrive_make_no_difference(stream: bytes, cu
     whole = play([stream])
     assert play([stream[at : at + 1] for at in range(len(stream))]) == whole
     edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
-    assert play([stream[a:b] for a, b in zip(edges, edges[1:], strict=False)]) == whole
+    assert play([stream[a:b] for a, b in itertools.pairwise(edges)]) == whole
 
 
 @given(

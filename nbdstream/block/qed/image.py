@@ -173,8 +173,7 @@ class QedImage:
         """Write buffers one behind the other at ``place``. Raises OSError."""
         if self._epochs.failed:
             raise OSError(errno.EIO, "the image could not be made durable before")
-        _generation = self._mapping.generation
-        await self._worker.run(pwritev_all, self._fd, buffers, place)
+        await self._worker.run(_write, self._fd, buffers, place, self._mapping.generation)
 
     @property
     def fd(self) -> int:
@@ -304,6 +303,11 @@ def _warm(fd: int, length: int, place: int) -> None:
     """Get a range into the page cache; EIO where the file ends before (*blocking*)."""
     for offset in range(place, place + length, _WARM_BYTES):
         pread_exact(fd, min(_WARM_BYTES, place + length - offset), offset)
+
+
+def _write(fd: int, buffers: Sequence[Buffer], place: int, _generation: object) -> None:
+    """Write, with a reference to the generation held even if nobody waits for it any more (*blocking*)."""
+    pwritev_all(fd, buffers, place)
 
 
 def _copy(fd: int, place: int, target: int, length: int) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from nbdstream.block.qed.extension import EXTENSION_BYTES, EXTENSION_OFFSET, Extension
 from nbdstream.block.qed.check import MOST_CLUSTERS
+from nbdstream.block.qed.extension import EXTENSION_BYTES, EXTENSION_OFFSET, Extension
 from nbdstream.block.qed.layout import HEADER_BYTES, Header, decode_backing_name, encode_backing_name
 from nbdstream.block.qed.space import Space
 from nbdstream.block.qed.tables import PAGE_ENTRIES, ZERO, Tables
