@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from nbdstream.block.overlay import Overlay
 from nbdstream.block.qed.image import QedImage
 from nbdstream.block.raw import RawImage
-from nbdstream.block.remote import RemoteExport
+from nbdstream.block.remote.export import RemoteExport
 from nbdstream.errors import ImageError
 from nbdstream.uri import is_nbd_uri
 

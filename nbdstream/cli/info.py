@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdstream.block.qed.layout import MAGIC, Header
 from nbdstream.block.qed.opening import opened, read_header
-from nbdstream.block.remote import RemoteExport
+from nbdstream.block.remote.export import RemoteExport
 from nbdstream.cli import arguments
 from nbdstream.units import format_size
 from nbdstream.uri import is_nbd_uri

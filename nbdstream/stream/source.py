@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from nbdstream.block.device import BlockDevice, Buffer
-from nbdstream.block.remote import CopyDone, RemoteExport
+from nbdstream.block.remote.export import CopyDone, RemoteExport
 from nbdstream.errors import SourceError, WrongSourceError
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from nbdstream.block.remote_commands import Alignment, BufferPool, Command, Copy, Piece
-from nbdstream.block.remote_handle import Handle, HandleError, RemoteInfo, connection_lost
-from nbdstream.block.remote_mailbox import Mailbox
+from nbdstream.block.remote.commands import Alignment, BufferPool, Command, Copy, Piece
+from nbdstream.block.remote.handle import Handle, HandleError, RemoteInfo, connection_lost
+from nbdstream.block.remote.mailbox import Mailbox
 
 if TYPE_CHECKING:
     import asyncio

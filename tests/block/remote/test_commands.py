@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdstream.block.remote_commands import Alignment, BufferPool, Piece, Read, Status, data_runs, extents_of, zero_mask
+from nbdstream.block.remote.commands import Alignment, BufferPool, Piece, Read, Status, data_runs, extents_of, zero_mask
 from nbdstream.extents import Extent, ExtentFlags
 
 

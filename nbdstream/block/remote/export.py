@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from nbdstream.block.device import BlockDevice, Buffer
-from nbdstream.block.remote_commands import Copy, Read, Status
-from nbdstream.block.remote_handle import HandleError, RemoteInfo
-from nbdstream.block.remote_thread import RemoteThread
+from nbdstream.block.remote.commands import Copy, Read, Status
+from nbdstream.block.remote.handle import HandleError, RemoteInfo
+from nbdstream.block.remote.thread import RemoteThread
 from nbdstream.errors import SourceError
 from nbdstream.extents import Extent, ExtentFlags
 from nbdstream.uri import NbdUri, UriError

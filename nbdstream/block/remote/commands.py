@@ -15,7 +15,7 @@ from nbdstream.block.worker import pwrite_all
 from nbdstream.extents import Extent, ExtentFlags, merge
 
 if TYPE_CHECKING:
-    from nbdstream.block.remote_handle import Handle
+    from nbdstream.block.remote.handle import Handle
 
 Done: TypeAlias = Callable[[Any, OSError | None], None]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nbdstream.block.remote import RemoteExport
+from nbdstream.block.remote.export import RemoteExport
 from nbdstream.errors import SourceError
 from nbdstream.extents import Extent, ExtentFlags, merge
 

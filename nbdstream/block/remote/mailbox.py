@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from nbdstream.block.remote_commands import Command, Done
+    from nbdstream.block.remote.commands import Command, Done
 
 
 class Mailbox:

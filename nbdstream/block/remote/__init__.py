@@ -1,0 +1,1 @@
+"""A remote NBD export: libnbd handles in a thread of their own."""
