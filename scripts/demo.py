@@ -15,7 +15,6 @@ import os
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -28,7 +27,7 @@ from urllib.parse import quote
 from tests.support.guest import Guest, GuestError, logged_disk, nbd_disk, overlay_without_writes, qed_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,10 +178,14 @@ class Command:
             time.sleep(0.005)
         return time.monotonic()
 
-    def wait_for(self, done: Callable[[], bool]) -> None:
+    def is_independent(self) -> bool:
+        """Whether the command has said that its overlay is."""
+        return any("is independent" in line for line in self._errors)
+
+    def wait_until_independent(self) -> None:
         """Wait as long as the command runs and there is progress."""
         position, since = 0, time.monotonic()
-        while not done():
+        while not self.is_independent():
             self.check_running()
             if self.progress.get("position", 0) > position:
                 position, since = self.progress["position"], time.monotonic()
@@ -197,7 +200,8 @@ class Command:
                 self._screen.bar(self.progress)
 
     def _read_errors(self, stream: IO[str]) -> None:
-        self._errors.extend(line.rstrip() for line in stream)
+        for line in stream:
+            self._errors.append(line.rstrip())
 
 
 def files_of_this_machine() -> Iterator[Path]:
@@ -233,13 +237,6 @@ def make_image(image: Path, tree: Path) -> bytes:
     return "".join(manifest).encode()
 
 
-def is_independent(overlay: Path) -> bool:
-    """Whether the overlay's header names no backing file (qed_spec: features bit 0, QED_F_BACKING_FILE)."""
-    with overlay.open("rb") as file:
-        features, = struct.unpack("<Q", file.read(24)[16:])
-    return not features & 1
-
-
 def demonstrate(work: Path, rate: str | None, stack: ExitStack, screen: Screen) -> None:
     image, overlay, source_socket, guest_socket = (
         work / name for name in ("disk.img", "overlay.qed", "source.sock", "guest.sock")
@@ -270,8 +267,8 @@ def demonstrate(work: Path, rate: str | None, stack: ExitStack, screen: Screen) 
             seconds = event.time - streamer.started
             screen.say(f"   {seconds:5.1f} s: the guest {event.text} ({fetched:.0f} MiB fetched so far)")
         guest.wait()
-        while_filling = not is_independent(overlay)
-    streamer.wait_for(lambda: is_independent(overlay))
+        while_filling = not streamer.is_independent()
+    streamer.wait_until_independent()
     screen.end_bar()
     if "backing-filename" in json.loads(output_of("qemu-img", "info", "-U", "--output=json", str(overlay))):
         raise DemoError("the overlay still has a backing file")
@@ -312,7 +309,7 @@ def main() -> int:
     """Run the demo in .cache/demo, and leave nothing behind."""
     parser = argparse.ArgumentParser(prog="scripts/demo", description="Show the main job on this machine.")
     parser.add_argument(
-        "--rate", help=f"limit of the stream, in bytes a second; 0: none (default: as makes it last {SECONDS_TO_WATCH} s)"
+        "--rate", help=f"limit of the stream, in bytes a second; 0: none (default: it lasts {SECONDS_TO_WATCH} s)"
     )
     parser.add_argument("--keep", action="store_true", help="leave the images in .cache/demo")
     arguments = parser.parse_args()

@@ -56,6 +56,7 @@ class Connection(asyncio.BufferedProtocol):
         self._limits = limits
         self._closed = closed
         self._loop = asyncio.get_running_loop()
+        self._fd = transport.get_extra_info("socket").fileno()
         self._peer = describe_peer(transport)
         self._transmission = Transmission(agreement)
         self._commands = Commands(export, self._transmission.replies, agreement.contexts)
@@ -258,6 +259,20 @@ class Connection(asyncio.BufferedProtocol):
 
     def _send(self) -> None:
         if self._replies:
+            import os
+            if not self._transport.get_write_buffer_size() and len(self._replies) < 1024:
+                try:
+                    n = os.writev(self._fd, self._replies)
+                except BlockingIOError:
+                    n = 0
+                if n == sum(map(len, self._replies)):
+                    self._replies.clear()
+                    return
+                i = 0
+                while n >= len(self._replies[i]):
+                    n -= len(self._replies[i]); i += 1
+                self._replies[i] = memoryview(self._replies[i])[n:]
+                del self._replies[:i]
             self._transport.writelines(self._replies)
             self._replies.clear()
 

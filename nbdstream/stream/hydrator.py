@@ -61,21 +61,20 @@ class Hydrator:
             if self._error is not None:
                 await self._wait_after(self._error)
                 continue
-            self._fetch_more()
+            delay = self._fetch_more()
             if self._image.backlog >= epoch:
                 self._image.nudge()
             if self._image.backlog >= most:
                 await self._image.linked()
                 continue
-            await self._wait()
+            await self._wait(delay)
 
     def _finished(self, error: OSError | None) -> None:
         self._error = error or self._error
         self._wake.set()
 
-    async def _wait(self) -> None:
-        """Wait until a fetch is finished, more is known of the source, or the rate limit allows more."""
-        delay = self._throttle.delay()
+    async def _wait(self, delay: float) -> None:
+        """Wait until a fetch is finished, more is known of the source, or ``delay`` seconds have gone (0: no limit)."""
         try:
             async with asyncio.timeout(delay or None):
                 await self._wake.wait()
@@ -90,15 +89,19 @@ class Hydrator:
         await asyncio.sleep(_RETRY_SECONDS)
         self._error = None
 
-    def _fetch_more(self) -> None:
+    def _fetch_more(self) -> float:
+        """Begin as many fetches as may be; return for how many seconds the rate limit forbids more, if it does."""
         count = max(1, _REQUEST_BYTES // self._image.cluster_size)
-        while self._fetches.bytes_in_flight < _BYTES_IN_FLIGHT and not self._throttle.delay():
+        while self._fetches.bytes_in_flight < _BYTES_IN_FLIGHT:
+            if delay := self._throttle.delay():
+                return delay
             cluster = self._next()
             if cluster is None:
-                return
+                break
             fetch = self._fetches.begin(cluster, count)
             self._throttle.spend(fetch.length)
             self._cursor = fetch.behind
+        return 0.0
 
     def _next(self) -> int | None:
         """Return the next cluster that is remote, surveyed, and not in flight; None if there is none now."""

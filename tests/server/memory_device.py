@@ -83,9 +83,7 @@ class MemoryDevice(BlockDevice):
         end = offset + length
         cut = [extent for extent in self.answers if extent.end > offset and extent.offset < end]
         return [
-            extent._replace(
-                offset=max(extent.offset, offset), length=min(extent.end, end) - max(extent.offset, offset)
-            )
+            extent._replace(offset=max(extent.offset, offset), length=min(extent.end, end) - max(extent.offset, offset))
             for extent in cut
         ]
 

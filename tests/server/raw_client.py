@@ -21,7 +21,6 @@ from nbdstream.wire.nbd import (
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
     Cmd,
-    Info,
     Opt,
     Rep,
     ReplyType,
@@ -95,8 +94,7 @@ class RawClient:
             assert (await client.opt(Opt.SET_META_CONTEXT, meta_data(name, *contexts)))[-1][0] == Rep.ACK
         replies = await client.opt(Opt.GO, info_data(name))
         assert replies[-1][0] == Rep.ACK, replies
-        _, client.size, client.flags = struct.unpack("!HQH", next(d for _, d in replies if d[:2] == bytes(2)))
-        assert Info.EXPORT == 0
+        _, client.size, client.flags = struct.unpack("!HQH", next(data for _, data in replies if data[:2] == bytes(2)))
         return client
 
     async def greet(self, flags: int = 3) -> None:

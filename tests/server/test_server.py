@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 async def test_several_exports_are_listed_and_the_first_is_the_default(harness: Harness) -> None:
     one, two = MemoryDevice(b"1" * 4096), MemoryDevice(b"2" * 8192, read_only=True)
-    await harness.serve(
-        Export("one", one, writable=True, description="first"), Export("two", two, writable=False)
-    )
+    await harness.serve(Export("one", one, writable=True, description="first"), Export("two", two, writable=False))
     client = await harness.connect()
     await client.greet()
     listed = [data for kind, data in await client.opt(Opt.LIST) if kind == Rep.SERVER]
@@ -49,12 +47,8 @@ async def test_a_read_only_export_says_so_and_refuses_writes(harness: Harness, d
 async def test_a_writable_export_advertises_what_it_can(harness: Harness, device: MemoryDevice) -> None:
     await harness.serve_device(device)
     flags = TransmissionFlag((await harness.open(structured=True)).flags)
-    assert flags == sum(
-        TransmissionFlag[name]
-        for name in (
-            "HAS_FLAGS SEND_FLUSH SEND_FUA SEND_TRIM SEND_WRITE_ZEROES SEND_DF CAN_MULTI_CONN SEND_CACHE SEND_FAST_ZERO"
-        ).split()
-    )
+    names = "HAS_FLAGS SEND_FLUSH SEND_FUA SEND_TRIM SEND_WRITE_ZEROES SEND_DF CAN_MULTI_CONN SEND_CACHE SEND_FAST_ZERO"
+    assert flags == sum(TransmissionFlag[name] for name in names.split())
 
 
 async def test_an_export_for_one_client_refuses_the_second_and_is_free_again(
@@ -286,9 +280,7 @@ async def test_closing_gives_up_at_its_deadline(harness: Harness, device: Memory
     assert await client.closed()
 
 
-async def test_closing_does_not_wait_for_a_client_that_takes_no_replies(
-    harness: Harness, device: MemoryDevice
-) -> None:
+async def test_closing_does_not_wait_for_a_client_that_takes_no_replies(harness: Harness, device: MemoryDevice) -> None:
     server = await harness.serve_device(device)
     client = await harness.open()
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
