@@ -157,7 +157,9 @@ class Overlay(BlockDevice):
         image = self.image
         for cluster, within, count in self._pieces(offset, len(data)):
             entry = image.entry_now(cluster)
-            if not entry or entry == ZERO or cluster in self._busy or cluster in image.unlinked:
+            if not entry or entry == ZERO or cluster in self._busy:
+                return False
+            if cluster in image.unlinked and cluster not in image.noted:
                 return False
             if start < 0:
                 start = position = entry + within
@@ -167,11 +169,11 @@ class Overlay(BlockDevice):
         return image.write_now(start, data, done)
 
     async def write(self, offset: int, data: Buffer) -> None:
-        """Write; returns when the clusters it went to are linked (DESIGN: acknowledged survives us)."""
+        """Write; returns when a kill -9 can lose nothing of it: the clusters are linked, or their links are noted."""
         if self.read_only:
             raise read_only_error()
         view = memoryview(data)
-        linked = True
+        safe = True
         while view:
             cluster, within = divmod(offset, self._cluster_size)
             whole = self._whole_clusters(offset, len(view))
@@ -180,11 +182,17 @@ class Overlay(BlockDevice):
             else:
                 taken = min(len(view), self._cluster_size - within)
                 await self._write_part(cluster, within, view[:taken])
-            linked = linked and cluster not in self.image.unlinked
+            safe = self._make_safe(cluster, -(-taken // self._cluster_size)) and safe
             offset += taken
             view = view[taken:]
-        if not linked:
+        if not safe:
             await self.image.linked()
+
+    def _make_safe(self, cluster: int, count: int) -> bool:
+        """Note those of these clusters that are not linked; return False if an epoch has to be waited for."""
+        unlinked, noted = self.image.unlinked, self.image.noted
+        missing = [c for c in range(cluster, cluster + count) if c in unlinked and c not in noted]
+        return all(self.image.note(c) for c in missing)
 
     def _whole_clusters(self, offset: int, length: int) -> int:
         """Return how many clusters from ``offset`` on are covered; the last one of the device ends with it."""
@@ -293,14 +301,16 @@ class Overlay(BlockDevice):
     async def _zero_clusters(self, offset: int, length: int) -> None:
         if not length:
             return
+        safe = True
         first, behind = offset // self._cluster_size, -(-(offset + length) // self._cluster_size)
         for cluster in range(first, behind):
             entry = await self._settled_entry(cluster)
             if entry > ZERO or (entry == UNALLOCATED and self._is_below(cluster)):
                 await self._map(cluster, ZERO)
+                safe = self._make_safe(cluster, 1) and safe
             if (cluster - first) % _CLUSTERS_AT_ONCE == _CLUSTERS_AT_ONCE - 1:
                 await asyncio.sleep(0)
-        if self.image.unlinked:
+        if not safe:
             await self.image.linked()
 
     async def _settled_entry(self, cluster: int) -> int:
@@ -316,6 +326,7 @@ class Overlay(BlockDevice):
 
     async def _map(self, cluster: int, entry: int) -> None:
         """Let a cluster lead elsewhere from now on. No await happens once its present entry is known."""
+        await self.image.room()
         while (present := self.image.entry_now(cluster)) is None:
             await self.image.load_entry(cluster)
         self._localize(cluster)
@@ -344,7 +355,7 @@ class Overlay(BlockDevice):
             free.set_result(None)
 
     async def flush(self) -> None:
-        """Make every answered write durable: one barrier, since an answered write is linked."""
+        """Make every answered write durable."""
         await self.image.flush()
 
     # -- streaming --------------------------------------------------------------------------------------------

@@ -69,23 +69,21 @@ class Commands:
         self._replies = replies
         self._contexts = {number: export.contexts[name] for number, name in contexts.items()}
 
-    async def answer(self, request: Request) -> Sequence[Buffer]:
-        """Do what a valid request asks for and return its reply, success or failure."""
-        try:
-            reply = await self._perform(request)
-        except OSError as error:
-            return [self.failure(request, error)]
-        except Exception:  # noqa: BLE001 - whatever a device does, one request fails and the client stays
-            _log.exception("%s failed", Cmd(request.command).name)
-            return [self._replies.error(request.cookie, Err.EIO, "internal error")]
+    async def perform(self, request: Request) -> Sequence[Buffer]:
+        """Do what a valid request asks for and return the reply to its success. Raises whatever the device raises."""
+        reply = await self._perform(request)
         return reply or [self.success(request)]
 
     def success(self, request: Request) -> bytes:
         """Return the reply to a request that went well and has nothing to give."""
         return self._replies.done(request.command, request.cookie)
 
-    def failure(self, request: Request, error: OSError) -> bytes:
+    def failure(self, request: Request, error: Exception) -> bytes:
         """Return the reply to a request that the device failed."""
+        if not isinstance(error, OSError):
+            # Whatever is wrong with the device, the client stays and is told.
+            _log.error("%s failed", Cmd(request.command).name, exc_info=error)
+            return self._replies.error(request.cookie, Err.EIO, "internal error")
         value = error_value(error)
         # proto.md keeps ENOTSUP for this one use.
         if error.errno == errno.ENOTSUP and request.flags & CmdFlag.FAST_ZERO:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdstream.errors import ProtocolError
 from nbdstream.server.commands import Commands
-from nbdstream.server.inflight import InFlight, payload_memory
+from nbdstream.server.inflight import InFlight
 from nbdstream.server.sockets import describe_peer
 from nbdstream.wire.transmission import READ, Request, RequestFields, Transmission
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nbdstream.block.device import Buffer
     from nbdstream.server.export import Export
     from nbdstream.server.limits import Limits
+    from nbdstream.server.payloads import PayloadMemory
     from nbdstream.wire.export import Agreement
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Connection(asyncio.BufferedProtocol):
         export: Export,
         agreement: Agreement,
         limits: Limits,
+        memory: PayloadMemory,
         *,
         closed: Callable[[Connection], None],
     ) -> None:
@@ -54,13 +56,13 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = transport
         self._export = export
         self._limits = limits
+        self._memory = memory
         self._closed = closed
         self._loop = asyncio.get_running_loop()
-        self._fd = transport.get_extra_info("socket").fileno()
         self._peer = describe_peer(transport)
         self._transmission = Transmission(agreement)
         self._commands = Commands(export, self._transmission.replies, agreement.contexts)
-        self._in_flight = InFlight(export, self._commands, limits, self._reply)
+        self._in_flight = InFlight(export, self._commands, limits, memory, self._reply)
         self._view = memoryview(bytearray(_RECEIVE_BUFFER))
         self._start = self._end = 0
         """What has been received and not consumed lies between them."""
@@ -182,7 +184,7 @@ class Connection(asyncio.BufferedProtocol):
                 continue
             try:
                 buffers = read_now(offset, length)
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - whatever a device does, one request fails
                 replies.append(self._commands.failure(Request._make(fields), error))
                 continue
             if buffers is None:
@@ -236,7 +238,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._transmission.awaiting = None
         self._incoming = request
-        self._payload = payload_memory(request.length)
+        self._payload = self._memory.take(request.length)
         self._filled = self._end - self._start
         self._payload[: self._filled] = self._view[self._start : self._end]
         self._start = self._end
@@ -259,20 +261,6 @@ class Connection(asyncio.BufferedProtocol):
 
     def _send(self) -> None:
         if self._replies:
-            import os
-            if not self._transport.get_write_buffer_size() and len(self._replies) < 1024:
-                try:
-                    n = os.writev(self._fd, self._replies)
-                except BlockingIOError:
-                    n = 0
-                if n == sum(map(len, self._replies)):
-                    self._replies.clear()
-                    return
-                i = 0
-                while n >= len(self._replies[i]):
-                    n -= len(self._replies[i]); i += 1
-                self._replies[i] = memoryview(self._replies[i])[n:]
-                del self._replies[:i]
             self._transport.writelines(self._replies)
             self._replies.clear()
 
@@ -332,4 +320,5 @@ class Connection(asyncio.BufferedProtocol):
 
     def _begin_linger(self) -> None:
         # A closing transport sends what is still queued first, to a client that may never take it.
-        self._linger = self._loop.call_later(self._limits.linger_time, self._transport.abort)
+        if not self._linger:
+            self._linger = self._loop.call_later(self._limits.linger_time, self._transport.abort)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from nbdstream.server.export import Export
     from nbdstream.server.limits import Limits
+    from nbdstream.server.payloads import PayloadMemory
     from nbdstream.wire.export import ExportInfo
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ class Host(Protocol):
     @property
     def limits(self) -> Limits:
         """What clients may cost."""
+
+    @property
+    def memory(self) -> PayloadMemory:
+        """Where the payloads of large writes are received."""
 
     def arrived(self, handshake: Handshake) -> str | None:
         """Count a new client in, or return why it is turned away."""
@@ -57,6 +62,7 @@ class Handshake(asyncio.Protocol):
         self._negotiation = Negotiation([export.info for export in host.exports], admit=self._admit)
         self._deadline: asyncio.TimerHandle | None = None
         self._peer = "?"
+        self._write_paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Greet the client, or turn it away if there are too many."""
@@ -86,14 +92,20 @@ class Handshake(asyncio.Protocol):
         if phase is Phase.CLOSED:
             self._transport.close()
         elif phase is Phase.TRANSMISSION:
-            self._hand_over()
+            if self._write_paused:
+                # It opened an export without having read the replies to its earlier options, which it must.
+                self._transport.abort()
+            else:
+                self._hand_over()
 
     def pause_writing(self) -> None:
         """Stop reading: replies pile up that the client does not take."""
+        self._write_paused = True
         self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         """Go on."""
+        self._write_paused = False
         if not self._transport.is_closing():
             self._transport.resume_reading()
 
@@ -120,9 +132,8 @@ class Handshake(asyncio.Protocol):
         assert agreement is not None
         host = self._host
         self._end()
-        connection = Connection(
-            self._transport, self._export(agreement.export), agreement, host.limits, closed=host.closed
-        )
+        export = self._export(agreement.export)
+        connection = Connection(self._transport, export, agreement, host.limits, host.memory, closed=host.closed)
         host.opened(connection)
         self._transport.set_protocol(connection)
         connection.begin(self._negotiation.rest())

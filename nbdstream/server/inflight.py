@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import mmap
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -16,20 +15,12 @@ if TYPE_CHECKING:
     from nbdstream.server.commands import Commands
     from nbdstream.server.export import Export
     from nbdstream.server.limits import Limits
+    from nbdstream.server.payloads import PayloadMemory
     from nbdstream.wire.transmission import Request
-
-_SMALL_PAYLOAD: Final = 64 << 10
-"""Bytes. The memory for larger payloads is the kernel's, which gives each page when its first byte arrives: a client
-that announces 64 MiB and sends one byte costs a page."""
 
 _READ: Final = int(Cmd.READ)
 _WRITE: Final = int(Cmd.WRITE)
 _FUA: Final = int(CmdFlag.FUA)
-
-
-def payload_memory(length: int) -> memoryview:
-    """Return memory to receive a payload in."""
-    return memoryview(bytearray(length) if length <= _SMALL_PAYLOAD else mmap.mmap(-1, length))
 
 
 class InFlight:
@@ -40,6 +31,7 @@ class InFlight:
         export: Export,
         commands: Commands,
         limits: Limits,
+        memory: PayloadMemory,
         reply: Callable[[Sequence[Buffer]], None],
     ) -> None:
         self.requests = 0
@@ -47,9 +39,10 @@ class InFlight:
         self._export = export
         self._commands = commands
         self._limits = limits
+        self._memory = memory
         self._reply = reply
         self._loop = asyncio.get_running_loop()
-        self._tasks: dict[asyncio.Task[None], int] = {}
+        self._tasks: dict[asyncio.Task[Sequence[Buffer]], int] = {}
         """The command of each request that runs as a task."""
 
     def has_room(self, length: int) -> bool:
@@ -71,13 +64,15 @@ class InFlight:
         if command == _WRITE and payload and not flags & _FUA:
             try:
                 taken = self._export.device.write_now(offset, payload, partial(self._written, request))
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - whatever a device does, one request fails
                 self._loop.call_soon(self._written, request, error)
                 return
             if taken:
                 return
         task = self._loop.create_task(self._run(request))
         self._tasks[task] = command
+        # Not at the end of the coroutine: a task that is cancelled before its first step never gets there.
+        task.add_done_callback(partial(self._ran, request))
 
     def cancel_reads(self) -> None:
         """Give up what nobody waits for any more. What changes the device is finished."""
@@ -90,19 +85,25 @@ class InFlight:
         for task in self._tasks:
             task.cancel()
 
-    def _written(self, request: Request, error: OSError | None) -> None:
-        commands = self._commands
-        self._finish(request, [commands.failure(request, error) if error else commands.success(request)])
+    def _written(self, request: Request, error: Exception | None) -> None:
+        if error:
+            self._finish(request, [self._commands.failure(request, error)])
+        else:
+            self._memory.give_back(request.payload)
+            self._finish(request, [self._commands.success(request)])
 
-    async def _run(self, request: Request) -> None:
-        reply: Sequence[Buffer] = ()
+    async def _run(self, request: Request) -> Sequence[Buffer]:
         try:
-            reply = await self._commands.answer(request)
-        finally:
-            task = asyncio.current_task()
-            assert task is not None
-            del self._tasks[task]
-            self._finish(request, reply)
+            reply = await self._commands.perform(request)
+        except Exception as error:  # noqa: BLE001 - whatever a device does, one request fails
+            return [self._commands.failure(request, error)]
+        # Not if it failed or was cancelled: a thread of the device may still be reading it.
+        self._memory.give_back(request.payload)
+        return reply
+
+    def _ran(self, request: Request, task: asyncio.Task[Sequence[Buffer]]) -> None:
+        del self._tasks[task]
+        self._finish(request, () if task.cancelled() else task.result())
 
     def _finish(self, request: Request, reply: Sequence[Buffer]) -> None:
         self.requests -= 1

@@ -12,6 +12,7 @@ from nbdstream.errors import ListenError
 from nbdstream.server import sockets
 from nbdstream.server.handshake import Handshake
 from nbdstream.server.limits import Limits
+from nbdstream.server.payloads import PayloadMemory
 from nbdstream.uri import NbdUri
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class NbdServer:
             raise ValueError(msg)
         self.exports = list(exports)
         self.limits = limits
+        self.memory = PayloadMemory()
         self.uris: list[str] = []
         """An NBD URI for every export on every socket that it is listened on."""
         self._servers: list[asyncio.Server] = []

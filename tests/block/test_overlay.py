@@ -104,20 +104,6 @@ async def test_two_partial_writes_into_one_unallocated_cluster_are_both_there(tm
     await overlay.close()
 
 
-async def test_a_write_that_was_answered_is_there_after_opening_anew(tmp_path: Path) -> None:
-    make(tmp_path / "o", 4 * CLUSTER)
-    below = b"\x11" * 4 * CLUSTER
-    overlay = await reopen(tmp_path / "o", below)
-    await write(overlay, 5, b"new")
-    # What a kill -9 would leave: the file as it is, without closing the image.
-    copy = tmp_path / "copy"
-    copy.write_bytes((tmp_path / "o").read_bytes())
-    again = await reopen(copy, below)
-    assert await read(again, 4, 5) == b"\x11new\x11"
-    await again.close()
-    await overlay.close()
-
-
 async def test_a_failing_source_fails_a_partial_write_and_changes_nothing(tmp_path: Path) -> None:
     make(tmp_path / "o", 4 * CLUSTER)
     overlay = await reopen(tmp_path / "o", b"\x11" * 4 * CLUSTER)

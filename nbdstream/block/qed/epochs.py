@@ -9,7 +9,8 @@ A *link* is an L2 entry that leads to a cluster. An epoch takes all links that w
 
 The next barrier makes those links durable. So no link can reach the disk before what it leads to, in whatever
 order the kernel writes back, and a power cut leaves leaked clusters at worst. All that wait, share: a write waits for
-the end of its epoch, a flush for the barrier behind it.
+the end of its epoch, a flush for the barrier behind it. With a :class:`~nbdstream.block.qed.record.Record` a write
+does not even wait: its link is noted there.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nbdstream.block.qed.record import Record
     from nbdstream.block.qed.space import Space
     from nbdstream.block.qed.tables import Tables
     from nbdstream.block.worker import Worker
 
 log = logging.getLogger(__name__)
+
+_NOTED_SECONDS = 0.1
+"""How long a link may be noted only: a stranger who opens the image after a kill -9 does not know the record."""
 
 
 class Epochs:
@@ -41,6 +46,7 @@ class Epochs:
         table_clusters: int,
         worker: Worker,
         recycle: Callable[[list[int]], None],
+        record: Record | None,
     ) -> None:
         """``worker`` must be this object's alone: barriers take long.
 
@@ -52,6 +58,8 @@ class Epochs:
         self._table_clusters = table_clusters
         self._worker = worker
         self._recycle = recycle
+        self._record = record
+        self._timer: asyncio.TimerHandle | None = None
         self._queue: list[tuple[int, int]] = []
         self._replaced: list[int] = []
         self._replaced_by_links_not_durable: list[int] = []
@@ -62,6 +70,8 @@ class Epochs:
         self._running: asyncio.Task[None] | None = None
         self.unlinked: dict[int, int] = {}
         """Cluster to L2 entry, for every link that the tables in the file do not hold yet."""
+        self.noted: set[int] = set()
+        """Those of them that are safe from a kill -9 all the same."""
         self.failed: OSError | None = None
         """Why the first failed barrier failed. After it nothing is ever linked again: what the kernel
         still has of the unwritten pages, nobody knows."""
@@ -70,8 +80,32 @@ class Epochs:
         """Queue a link for the next epoch. ``replaced`` is the data cluster that nothing leads to any more, if any."""
         self._queue.append((cluster, entry))
         self.unlinked[cluster] = entry
+        self.noted.discard(cluster)
         if replaced:
             self._replaced.append(replaced)
+
+    async def room(self) -> None:
+        """Wait until the record has room for one more link. Raises OSError."""
+        while self._record and self._record.full:
+            await self.linked()
+
+    def note(self, cluster: int) -> bool:
+        """Make a link that is queued safe from a kill -9 at once, or return False: then only an epoch does.
+
+        What is noted must be noted for every later link of the same cluster, so :meth:`room` is waited for first.
+        """
+        if not self._record or self._record.full:
+            return False
+        self._record.note(cluster, self.unlinked[cluster])
+        self.noted.add(cluster)
+        if not self._timer:
+            self._timer = asyncio.get_running_loop().call_later(_NOTED_SECONDS, self._link_noted)
+        return True
+
+    def _link_noted(self) -> None:
+        self._timer = None
+        if self.noted:
+            self.nudge()
 
     def reserve_table(self, cluster: int) -> None:
         """Set the place of the L2 table aside that a link to ``cluster`` will need, if there is none yet.
@@ -98,10 +132,14 @@ class Epochs:
         await self._join(self._linkers)
 
     async def flush(self) -> None:
-        """Wait until everything written and linked before is durable: one barrier. Raises OSError.
+        """Wait until everything that was answered before is durable: at most two barriers. Raises OSError.
 
-        Links that are still queued are nobody's yet: a write is answered only when it is linked.
+        Links that are queued and not noted are nobody's yet: such a write is answered only when it is linked.
         """
+        record = self._record
+        # What the running epoch links, the next barrier makes durable; what was noted since then is linked first.
+        if record and (record.fresh or not (record.empty or self._running)):
+            await self.linked()
         await self._join(self._flushers)
 
     def nudge(self) -> None:
@@ -111,9 +149,13 @@ class Epochs:
             self._start()
 
     async def close(self) -> None:
-        """Wait for the epoch that runs."""
+        """Wait for the epoch that runs. The record goes if nothing depends on it."""
+        if self._timer:
+            self._timer.cancel()
         if self._running:
             await self._running
+        if self._record and self._record.empty:
+            self._record.close()
 
     async def _join(self, waiters: list[asyncio.Future[None]]) -> None:
         if self.failed:
@@ -144,18 +186,21 @@ class Epochs:
         self._linkers.clear()
         self._flushers.clear()
         self._nudged = False
+        half = self._record.begin_epoch() if self._record else 0
         try:
             tables = await self._write_new_tables(queue)
         except OSError as error:  # a full disk: the links stay queued, and what needs no new table goes on
             self._queue[:0] = queue
             self._replaced[:0] = replaced
             _reject(linkers, error)
-            queue, replaced, linkers, tables = [], [], [], {}
+            queue, replaced, linkers, tables, half = [], [], [], {}, -1
         try:
             await self._worker.run(os.fdatasync, self._fd)
             _resolve(flushers)
             self._recycle_durably(replaced)
             await self._link(tables, queue)
+            if self._record and half >= 0:
+                self._record.clear(half)
             _resolve(linkers)
         except OSError as error:
             self._fail(error, linkers + flushers)
@@ -189,6 +234,7 @@ class Epochs:
         for cluster, entry in queue:
             if unlinked.get(cluster) == entry:
                 del unlinked[cluster]
+                self.noted.discard(cluster)
 
     def _fail(self, error: OSError, waiters: list[asyncio.Future[None]]) -> None:
         self.failed = error

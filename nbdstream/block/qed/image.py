@@ -62,8 +62,10 @@ class QedImage:
         self._worker = Worker("qed-data", loop)
         self._barriers = Worker("qed-barrier", loop)
         self._epochs = Epochs(
-            self._fd, self._tables, self._space, file.header.table_size, self._barriers, self._recycle
+            self._fd, self._tables, self._space, file.header.table_size, self._barriers, self._recycle, file.record
         )
+        self.noted = self._epochs.noted
+        """Those of ``unlinked`` that a kill -9 of this process does not lose."""
         self.unlinked = self._epochs.unlinked
         """Clusters that the tables in the file do not lead to yet, with their L2 entries."""
         self._closed = False
@@ -201,6 +203,14 @@ class QedImage:
         """
         self._epochs.add(cluster, entry, replaced)
 
+    async def room(self) -> None:
+        """Wait, seldom, until a cluster can be mapped on behalf of a guest. Raises OSError."""
+        await self._epochs.room()
+
+    def note(self, cluster: int) -> bool:
+        """Make a cluster that was mapped safe from a kill -9; False: wait for :meth:`linked` then."""
+        return self._epochs.note(cluster)
+
     def _recycle(self, places: list[int]) -> None:
         def release() -> None:
             for place in places:
@@ -222,7 +232,7 @@ class QedImage:
         await self._epochs.linked()
 
     async def flush(self) -> None:
-        """Make durable everything that was written and linked before."""
+        """Make durable everything that was answered before."""
         await self._epochs.flush()
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from bitarray import bitarray
@@ -12,6 +13,7 @@ from bitarray.util import zeros
 from nbdstream.block.qed.check import MOST_CLUSTERS
 from nbdstream.block.qed.extension import EXTENSION_BYTES, EXTENSION_OFFSET, Extension
 from nbdstream.block.qed.layout import HEADER_BYTES, Header, decode_backing_name, encode_backing_name
+from nbdstream.block.qed.record import AUTOCLEAR_RECORD, Link, Record, read_record
 from nbdstream.block.qed.space import Space
 from nbdstream.block.qed.tables import PAGE_ENTRIES, ZERO, Tables
 from nbdstream.block.worker import pread_exact, pwrite_all
@@ -30,6 +32,7 @@ class OpenFile(NamedTuple):
     tables: Tables
     space: Space
     allocated: bitarray
+    record: Record | None
 
 
 def open_file(path: str, lock: Callable[[int], None], *, writable: bool) -> OpenFile:
@@ -82,16 +85,47 @@ def _look_through(fd: int, path: str, *, writable: bool) -> OpenFile:
             raise ImageError(f"{path} was not closed by the QEMU that wrote it: run qemu-img check -r all on it first")
         os.fdatasync(fd)  # links that a kill -9 left unsynced would not be covered by our barriers
     tables = Tables.load(fd, header)
+    links = _recorded_links(fd, header, extension)
     if not writable:
+        if links:
+            raise ImageError(f"{path}: its owner was killed; open it for writing first, as 'nbdstream stream' does")
         whole = Space(header.cluster_size, os.fstat(fd).st_size)
-        return OpenFile(fd, header, extension, backing_name, tables, whole, bitarray())
+        return OpenFile(fd, header, extension, backing_name, tables, whole, bitarray(), None)
+    if links:
+        _replay(fd, header, tables, links)
     used, allocated = _scan(fd, header, tables)
     space = Space.of_used(header.cluster_size, used)
     os.ftruncate(fd, space.end)  # the tail that nothing refers to: what a crash left
-    if header.autoclear_features:  # whatever they promise, we do not keep it
-        header = header.without_autoclear()
-        write_header(fd, header)
-    return OpenFile(fd, header, extension, backing_name, tables, space, allocated)
+    record = Record.create(fd, extension.image_uuid) if extension else None
+    # Whatever other autoclear bits promise, we do not keep it.
+    ours = replace(header, autoclear_features=AUTOCLEAR_RECORD if record else 0)
+    if ours != header:
+        write_header(fd, ours)
+    return OpenFile(fd, ours, extension, backing_name, tables, space, allocated, record)
+
+
+def _recorded_links(fd: int, header: Header, extension: Extension | None) -> list[Link]:
+    """Return what a killed owner acknowledged and did not link, unless somebody else has written to the image since."""
+    if extension is None or not header.autoclear_features & AUTOCLEAR_RECORD:
+        return []
+    return read_record(fd, extension.image_uuid)
+
+
+def _replay(fd: int, header: Header, tables: Tables, links: list[Link]) -> None:
+    """Link what a killed owner acknowledged, as one epoch. The tables are as they were before it."""
+    cluster_size = header.cluster_size
+    size = os.fstat(fd).st_size
+    _check_places([entry for _, entry in links if entry > ZERO], header, size // cluster_size)
+    if max(cluster for cluster, _ in links) >= -(-header.image_size // cluster_size):
+        raise ImageError("the record of its last owner is damaged")
+    missing = sorted({tables.l1_index(cluster) for cluster, _ in links if tables.absent(cluster)})
+    end = -(-size // cluster_size) * cluster_size
+    new = {index: end + i * header.table_size * cluster_size for i, index in enumerate(missing)}
+    tables.write_new_tables(new, links)
+    os.fdatasync(fd)
+    tables.link(new, links)
+    tables.linked(new, links)
+    os.fdatasync(fd)
 
 
 def _read_header(fd: int) -> tuple[Header, Extension | None, str | None]:
@@ -113,7 +147,8 @@ def write_header(fd: int, header: Header) -> None:
 def _scan(fd: int, header: Header, tables: Tables) -> tuple[bitarray, bitarray]:
     """Walk all tables: return which clusters of the file are used, and which of the disk are not unallocated.
 
-    Raises ImageError if an entry leads nowhere, or two lead to the same cluster: writing would then destroy data.
+    What only entries beyond the image size lead to is used, too. Raises ImageError if an entry leads nowhere, or two
+    lead to the same cluster: writing would then destroy data.
     """
     cluster_size = header.cluster_size
     file_clusters = os.fstat(fd).st_size // cluster_size
@@ -128,14 +163,14 @@ def _scan(fd: int, header: Header, tables: Tables) -> tuple[bitarray, bitarray]:
         used[first : first + header.table_size] = 1
         count += header.table_size
     allocated = zeros(disk_clusters)
-    for page in tables.present_pages():
+    for page in tables.pages():
         entries = tables.load_page(page).tolist()
         places = [entry for entry in entries if entry > ZERO]
         _check_places(places, header, file_clusters)
         used[[place // cluster_size for place in places]] = 1
         count += len(places)
         first = page * PAGE_ENTRIES
-        allocated[first : first + PAGE_ENTRIES] = bitarray(map(bool, entries))[: len(allocated) - first]
+        allocated[first : first + PAGE_ENTRIES] = bitarray(map(bool, entries))[: max(0, disk_clusters - first)]
     if used.count() != count:
         raise ImageError("damaged QED image: clusters are used twice; 'nbdstream check' tells more")
     return used, allocated

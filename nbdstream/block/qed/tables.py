@@ -54,17 +54,13 @@ class Tables:
         self._pages_per_table = geometry.entries // PAGE_ENTRIES
         self._cache: dict[int, memoryview] = {}
         self.l1 = l1
-        """Offsets of the L2 tables, as many as the image size needs; 0 where there is none."""
+        """Offsets of the L2 tables, 0 where there is none. Those that lie beyond the image size hold clusters, too."""
 
     @classmethod
     def load(cls, fd: int, header: Header) -> Tables:
-        """Read and validate the L1 table (*blocking*).
-
-        Raises ImageError if an entry that the image size covers is no place for a table.
-        """
+        """Read and validate the L1 table (*blocking*). Raises ImageError if an entry is no place for a table."""
         geometry = header.geometry
-        used = -(-header.image_size // geometry.l2_span)
-        l1 = array("Q", pread_exact(fd, used * 8, header.l1_table_offset))
+        l1 = array("Q", pread_exact(fd, geometry.table_bytes, header.l1_table_offset))
         if struct.pack("=H", 1) != struct.pack("<H", 1):
             l1.byteswap()
         size = os.fstat(fd).st_size
@@ -79,15 +75,17 @@ class Tables:
         clusters = -(-self._header.image_size // self._geometry.cluster_size)
         return -(-clusters // PAGE_ENTRIES)
 
-    def present_pages(self) -> list[int]:
-        """Return the pages of those L2 tables that exist."""
+    def pages(self) -> Iterator[int]:
+        """Return the pages of those L2 tables that exist, those beyond the image size among them."""
         per_table = self._pages_per_table
-        return [
-            page
-            for index, place in enumerate(self.l1)
-            if place
-            for page in range(index * per_table, min((index + 1) * per_table, self.page_count))
-        ]
+        for index, place in enumerate(self.l1):
+            if place:
+                yield from range(index * per_table, (index + 1) * per_table)
+
+    def present_pages(self) -> list[int]:
+        """Return the pages of L2 tables that exist and map a part of the image size."""
+        behind = self.page_count
+        return [page for page in self.pages() if page < behind]
 
     def clusters_behind(self, place: int) -> list[tuple[int, int]]:
         """Return (cluster, where) of the data that lies at ``place`` or behind it, the last first (*blocking*)."""

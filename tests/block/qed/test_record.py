@@ -1,0 +1,173 @@
+"""The record: what was answered to a guest survives a kill -9, though no barrier has passed; a power cut voids it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdstream.block.overlay import Overlay
+from nbdstream.block.qed.image import QedImage
+from nbdstream.block.qed.opening import create_file, read_header
+from nbdstream.block.qed.record import DIRECTORY, Record, read_record
+from nbdstream.errors import ImageError
+from tests.support.memory import MemoryDevice
+from tests.support.qed import qemu_check, qemu_io
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CLUSTER = 65536
+SIZE = 64 * CLUSTER
+BELOW = b"\x11" * SIZE
+
+_OWNER = """
+import asyncio, os, signal, sys
+from nbdstream.block.overlay import Overlay
+from nbdstream.block.qed.image import QedImage
+from tests.support.memory import MemoryDevice
+
+async def main():
+    # No barrier ever ends: nothing is linked but by whoever opens the image next.
+    os.fdatasync = lambda fd: __import__("time").sleep(3600) if armed else None
+    armed = False
+    image = await QedImage.open(sys.argv[1], writable=True)
+    armed = True
+    overlay = Overlay(image, MemoryDevice(b"\\x11" * image.size))
+    await asyncio.gather(*(overlay.write(i * 65536 + 5, bytes([i]) * 10) for i in range(40)))
+    await overlay.discard(50 * 65536, 65536)
+    await overlay.write(3 * 65536 + 8, b"again")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+def killed_owner(path: Path) -> None:
+    create_file(str(path), SIZE, cluster_size=CLUSTER, table_size=4, backing_name="nbd://nowhere")
+    ended = subprocess.run([sys.executable, "-c", _OWNER, str(path)], check=False, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+
+
+def expected() -> bytes:
+    model = bytearray(BELOW)
+    for i in range(40):
+        model[i * CLUSTER + 5 : i * CLUSTER + 15] = bytes([i]) * 10
+    model[50 * CLUSTER : 51 * CLUSTER] = bytes(CLUSTER)
+    model[3 * CLUSTER + 8 : 3 * CLUSTER + 13] = b"again"
+    return bytes(model)
+
+
+async def contents(path: Path) -> bytes:
+    image = await QedImage.open(str(path), writable=True)
+    overlay = Overlay(image, MemoryDevice(BELOW))
+    data = b"".join(bytes(buffer) for buffer in await overlay.read(0, SIZE))
+    await overlay.close()
+    return data
+
+
+def records() -> set[str]:
+    return {name for name in os.listdir(DIRECTORY) if name.startswith("nbdstream-")}
+
+
+async def test_the_next_owner_links_what_a_killed_one_had_answered(tmp_path: Path) -> None:
+    before = records()
+    killed_owner(tmp_path / "o")
+    assert await contents(tmp_path / "o") == expected()
+    assert not qemu_check(str(tmp_path / "o")).corruptions
+    assert records() == before
+
+
+async def test_without_its_record_the_image_is_what_a_power_cut_leaves(tmp_path: Path) -> None:
+    before = records()
+    killed_owner(tmp_path / "o")
+    for name in records() - before:
+        os.unlink(f"{DIRECTORY}/{name}")
+    assert await contents(tmp_path / "o") == BELOW
+
+
+async def test_a_record_is_void_once_qemu_has_written_to_the_image(tmp_path: Path) -> None:
+    before = records()
+    killed_owner(tmp_path / "o")
+    image = '{"driver":"qed","backing":null,"file":{"driver":"file","filename":"%s"}}' % (tmp_path / "o")
+    qemu_io(f"json:{image}", "write -P 0x22 0 64k")
+    assert (await contents(tmp_path / "o"))[: 2 * CLUSTER] == b"\x22" * CLUSTER + b"\x11" * CLUSTER
+    assert records() == before
+
+
+async def test_an_image_with_a_record_is_not_opened_for_reading(tmp_path: Path) -> None:
+    killed_owner(tmp_path / "o")
+    with pytest.raises(ImageError, match="its owner was killed"):
+        await QedImage.open(str(tmp_path / "o"))
+    assert await contents(tmp_path / "o") == expected()
+
+
+async def test_a_closed_image_leaves_no_record(tmp_path: Path) -> None:
+    before = records()
+    create_file(str(tmp_path / "o"), SIZE, cluster_size=CLUSTER, table_size=4, backing_name=None)
+    image = await QedImage.open(str(tmp_path / "o"), writable=True)
+    assert len(records() - before) == 1
+    await Overlay(image).write(0, b"x")
+    await image.close()
+    assert records() == before
+    assert read_header(str(tmp_path / "o"))[0].autoclear_features
+
+
+def test_somebody_elses_record_is_not_believed(tmp_path: Path) -> None:
+    with open(tmp_path / "image", "w+b") as image:
+        uuid = uuid4()
+        record = Record.create(image.fileno(), uuid)
+        assert record
+        path = next(f"{DIRECTORY}/{name}" for name in os.listdir(DIRECTORY) if str(uuid) in name)
+        os.chmod(path, 0o666)
+        with pytest.raises(ImageError, match="belongs to"):
+            read_record(image.fileno(), uuid)
+        record.close()
+
+
+link = st.tuples(st.integers(0, 1 << 40), st.integers(1, 1 << 60))
+
+
+@given(st.lists(st.one_of(link, st.sampled_from(["begin", "done"])), max_size=60))
+def test_what_is_read_is_what_was_noted_and_not_cleared(steps: list[tuple[int, int] | str]) -> None:
+    uuid = UUID(int=1)
+    with open(__file__, "rb") as image:
+        record = Record.create(image.fileno(), uuid)
+        assert record
+        old: list[tuple[int, int]] = []
+        new: list[tuple[int, int]] = []
+        running: int | None = None
+        for step in steps:
+            if isinstance(step, tuple):
+                record.note(*step)
+                new.append(step)
+            elif step == "begin" and running is None:
+                running = record.begin_epoch()
+                old, new = new, []
+            elif step == "done" and running is not None:
+                record.clear(running)
+                running, old = None, []
+        assert read_record(image.fileno(), uuid) == old + new
+        record.close()
+
+
+def test_after_a_failed_epoch_everything_is_still_noted_in_order(tmp_path: Path) -> None:
+    with open(tmp_path / "image", "w+b") as image:
+        record = Record.create(image.fileno(), UUID(int=2))
+        assert record
+        record.note(1, 10)
+        record.begin_epoch()  # ... which fails
+        record.note(1, 20)
+        half = record.begin_epoch()
+        record.note(1, 30)
+        assert read_record(image.fileno(), UUID(int=2)) == [(1, 10), (1, 20), (1, 30)]
+        record.clear(half)
+        assert read_record(image.fileno(), UUID(int=2)) == [(1, 20), (1, 30)]
+        record.close()
