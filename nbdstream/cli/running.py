@@ -54,22 +54,24 @@ def _fail(message: str) -> int:
 
 @contextmanager
 def stop_signals() -> Iterator[asyncio.Event]:
-    """Give an event that SIGTERM and SIGINT set; the second signal does what it usually does."""
+    """Give an event that SIGTERM and SIGINT set.
+
+    A second SIGINT, from somebody who does not want to wait, ends the process at once; a second SIGTERM, as
+    timeout(1) and shutting-down systems send it, does not.
+    """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    signals = (signal.SIGTERM, signal.SIGINT)
 
-    def stopped() -> None:
+    def interrupted() -> None:
         stop.set()
-        for each in signals:
-            loop.remove_signal_handler(each)
+        loop.remove_signal_handler(signal.SIGINT)
 
-    for each in signals:
-        loop.add_signal_handler(each, stopped)
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, interrupted)
     try:
         yield stop
     finally:
-        for each in signals:
+        for each in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(each)
 
 

@@ -28,6 +28,7 @@ class MemoryDevice(BlockDevice):
         self.calls: list[tuple[object, ...]] = []
         self.answers: list[Extent] | None = None
         self.reading = self.most_reading = 0
+        self.writing = self.most_writing = 0
 
     def read_now(self, offset: int, length: int) -> Sequence[Buffer] | None:
         if self.slow:
@@ -56,7 +57,10 @@ class MemoryDevice(BlockDevice):
         return True
 
     async def write(self, offset: int, data: Buffer) -> None:
+        self.writing += len(data)
+        self.most_writing = max(self.most_writing, self.writing)
         await self.gate.wait()
+        self.writing -= len(data)
         self._fail()
         self.calls.append(("write", offset, len(data)))
         self.data[offset : offset + len(data)] = data

@@ -177,12 +177,15 @@ async def test_what_the_device_refuses_is_told_with_a_value_of_proto_md(
     assert await client.read(0, 4) == device.data[:4]
 
 
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("command", [Cmd.READ, Cmd.WRITE])
 async def test_an_unexpected_exception_is_logged_and_the_connection_lives(
-    client: RawClient, device: MemoryDevice, caplog: pytest.LogCaptureFixture
+    client: RawClient, device: MemoryDevice, caplog: pytest.LogCaptureFixture, slow: bool, command: Cmd
 ) -> None:
-    device.slow = True
+    device.slow = slow
     device.error = RuntimeError("a defect")
-    assert (await client.ask(Cmd.READ, 0, 4)).error == Err.EIO
+    payload = b"data" if command == Cmd.WRITE else b""
+    assert (await client.ask(command, 0, 4, payload=payload)).error == Err.EIO
     assert "a defect" in caplog.text
     device.error = None
     assert await client.read(0, 4) == device.data[:4]
@@ -285,10 +288,11 @@ async def test_payloads_in_flight_are_bounded_and_all_are_written(harness: Harne
     device.gate.clear()
     for cookie in range(8):
         client.send(write_request(cookie, 0, bytes([cookie]) * 300_000))
-    await harness.until(lambda: client.writer.transport.get_write_buffer_size() == 0 or True)
+    await harness.until(lambda: device.writing)
     device.gate.set()
     assert {(await client.reply()).cookie for _ in range(8)} == set(range(8))
     assert [call[0] for call in device.calls] == ["write"] * 8
+    assert device.most_writing <= 400_000
 
 
 async def test_one_request_is_let_in_however_long_it_is(harness: Harness, device: MemoryDevice) -> None:
@@ -362,6 +366,18 @@ async def test_a_client_that_vanishes_leaves_nothing_behind(harness: Harness, de
     await harness.until(lambda: server.connection_count == 0)
     assert device.reading == 0
     assert server.exports[0].connections == 0
+
+
+async def test_a_client_that_vanishes_with_its_first_request_leaves_nothing_behind(
+    harness: Harness, device: MemoryDevice
+) -> None:
+    server = await harness.serve_device(device)
+    device.slow = True
+    for _ in range(20):
+        client = await harness.open()
+        client.send(request(Cmd.READ, 1, 0, 16))
+        client.writer.transport.abort()
+    await harness.until(lambda: server.connection_count == 0)
 
 
 async def test_a_write_is_finished_though_its_client_has_vanished(harness: Harness, device: MemoryDevice) -> None:

@@ -222,6 +222,17 @@ async def test_a_client_that_vanishes_at_any_byte_harms_nobody(harness: Harness,
     await harness.until(lambda: (server.connection_count, server.handshake_count) == (1, 0))
 
 
+async def test_a_handshake_that_takes_no_replies_is_bounded(harness: Harness) -> None:
+    exports = [Export(f"{number}", MemoryDevice(0), writable=False, description="x" * 4096) for number in range(50)]
+    await harness.serve(*exports)
+    client = await harness.connect()
+    await client.greet()
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client.send(option(Opt.LIST) * 100 + option(Opt.GO, info_data("")))
+    await harness.until(lambda: harness.servers[0].handshake_count == 0)
+    assert harness.servers[0].connection_count == 0
+
+
 async def test_garbage_is_met_with_the_end_of_the_connection(harness: Harness, device: MemoryDevice) -> None:
     await harness.serve_device(device)
     for garbage in (b"GET / HTTP/1.0\r\n\r\n", b"\xff" * 100, bytes(4) + b"x" * 100):

@@ -335,7 +335,7 @@ def check_all(writers: Writers, path: Path, *, samples: int) -> None:
             path.write_bytes(state)
             found = qed.qemu_check(str(path))
             assert (found.corruptions, found.check_errors) == (0, 0)
-        model.check_killed(recorder.killed(moment), moment)
+        model.check_killed(recorder, moment)
 
 
 async def test_no_power_cut_and_no_kill_damages_the_image_or_loses_what_was_promised(
@@ -364,7 +364,7 @@ async def test_every_subset_of_the_writes_of_a_small_run_is_a_sound_image(
     for moment in range(recorder.end + 2):
         for state in recorder.every_power_cut(moment):
             writers.model.check_power_cut(state, moment)
-        writers.model.check_killed(recorder.killed(moment), moment)
+        writers.model.check_killed(recorder, moment)
 
 
 async def test_a_crashed_image_is_opened_again_and_leaks_nothing_any_more(
@@ -407,21 +407,14 @@ async def test_every_link_comes_behind_a_barrier_that_began_when_its_data_was_wr
 
 
 def _link_before_the_barrier(patch: pytest.MonkeyPatch) -> None:
-    async def epoch(self: Epochs) -> None:
-        queue, self._queue = self._queue, []
-        linkers, flushers = self._linkers.copy(), self._flushers.copy()
-        self._linkers.clear()
-        self._flushers.clear()
-        self._nudged = False
-        replaced, self._replaced = self._replaced, []
-        await self._link(await self._write_new_tables(queue), queue)
-        await self._worker.run(os.fdatasync, self._fd)
-        self._recycle_durably(replaced)
-        for waiter in linkers + flushers:
-            if not waiter.done():
-                waiter.set_result(None)
+    right = Epochs._write_new_tables
 
-    patch.setattr(Epochs, "_epoch", epoch)
+    async def early(self: Epochs, queue: list[tuple[int, int]]) -> dict[int, int]:
+        tables = await right(self, queue)
+        await self._worker.run(self._tables.link, tables, queue)
+        return tables
+
+    patch.setattr(Epochs, "_write_new_tables", early)
 
 
 def _no_barrier(patch: pytest.MonkeyPatch) -> None:
@@ -433,10 +426,7 @@ def _reuse_at_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def _answer_before_the_link(patch: pytest.MonkeyPatch) -> None:
-    async def linked(self: QedImage) -> None:
-        self.nudge()
-
-    patch.setattr(QedImage, "linked", linked)
+    patch.setattr(Epochs, "note", lambda self, cluster: True)
 
 
 @pytest.mark.parametrize(
@@ -453,7 +443,7 @@ async def test_a_wrong_order_is_found_out(
             for _ in range(300):
                 moment = writers.chance.randrange(writers.recorder.end + 2)
                 writers.model.check_power_cut(writers.recorder.power_cut(moment, writers.chance), moment)
-                writers.model.check_killed(writers.recorder.killed(moment), moment)
+                writers.model.check_killed(writers.recorder, moment)
         except DamagedError:
             return
     pytest.fail("nobody has noticed")

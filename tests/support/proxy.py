@@ -1,0 +1,198 @@
+"""A proxy with faults to switch on, between a client and a server on loopback; every switch works at once.
+
+It runs on an event loop in a thread of its own, so tests that block can use it as well as those that do not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from typing import TYPE_CHECKING, Self, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Address = str | tuple[str, int]
+"""The path of a unix socket, or host and port."""
+
+T = TypeVar("T")
+
+_CHUNK = 256 << 10
+_WINDOW = 16 << 20
+"""Bytes on the line in one direction at most, so that a long delay costs time and not throughput."""
+
+
+class Proxy:
+    """Forwards every connection to ``target``. Close it, or use it as a context manager."""
+
+    def __init__(self, target: Address, listen: Address = ("127.0.0.1", 0)) -> None:
+        self.target = target
+        self.delay = 0.0
+        """Seconds that everything takes on its way, in each direction."""
+        self.refusing = False
+        """Whether new connections are closed at once."""
+        self.connections = 0
+        """How many were made through it."""
+        self.forwarded = 0
+        """Bytes that came from the server."""
+        self._corrupt_at: int | None = None
+        self._cut_at: int | None = None
+        self._links: set[_Link] = set()
+        self._loop = asyncio.new_event_loop()
+        self.flowing = asyncio.Event()
+        """Set unless stalled."""
+        self.flowing.set()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._server = self._wait(self._listen, listen)
+        name = self._server.sockets[0].getsockname()
+        self.address: Address = name if isinstance(name, str) else (name[0], name[1])
+
+    async def _listen(self, address: Address) -> asyncio.Server:
+        if isinstance(address, str):
+            return await asyncio.start_unix_server(self._accept, address)
+        return await asyncio.start_server(self._accept, *address)
+
+    def _wait(self, call: Callable[..., object], *arguments: object) -> T:
+        """Run a coroutine function in the proxy's thread."""
+        return asyncio.run_coroutine_threadsafe(call(*arguments), self._loop).result(30)  # type: ignore[arg-type]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- faults -----------------------------------------------------------------------------------------------
+
+    def cut(self) -> None:
+        """Reset all connections."""
+        self._wait(self._cut)
+
+    def cut_after(self, count: int) -> None:
+        """Reset all connections once so many more bytes have come from the server."""
+        self._cut_at = self.forwarded + count
+
+    def corrupt_after(self, count: int) -> None:
+        """Turn over all bits of the byte that comes from the server after ``count`` more."""
+        self._corrupt_at = self.forwarded + count
+
+    def stall(self) -> None:
+        """Let nothing through, and hang up on nobody, until :meth:`flow`."""
+        self._loop.call_soon_threadsafe(self.flowing.clear)
+
+    def flow(self) -> None:
+        """Let everything through again."""
+        self._loop.call_soon_threadsafe(self.flowing.set)
+
+    def close(self) -> None:
+        """Hang up on everybody and stop listening."""
+        self._wait(self._shut)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # -- in the thread of the proxy ---------------------------------------------------------------------------
+
+    async def _cut(self) -> None:
+        for link in list(self._links):
+            link.abort()
+
+    async def _shut(self) -> None:
+        self._server.close()
+        await self._cut()
+        self.flowing.set()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        link = _Link(writer)
+        self._links.add(link)
+        try:
+            if not self.refusing:
+                from_server, to_server = await self._open_target()
+                link.writers.append(to_server)
+                async with asyncio.TaskGroup() as tasks:
+                    for line in (
+                        _Line(self, reader, to_server, lambda data: data),
+                        _Line(self, from_server, writer, self._from_server),
+                    ):
+                        tasks.create_task(line.receive())
+                        tasks.create_task(line.send())
+        except* OSError:
+            pass  # one end is gone: so is the other
+        finally:
+            self._links.discard(link)
+            link.abort()
+
+    async def _open_target(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if isinstance(self.target, str):
+            return await asyncio.open_unix_connection(self.target)
+        return await asyncio.open_connection(*self.target)
+
+    def _from_server(self, data: bytes) -> bytes:
+        start, self.forwarded = self.forwarded, self.forwarded + len(data)
+        if self._corrupt_at is not None and start <= self._corrupt_at < self.forwarded:
+            changed = bytearray(data)
+            changed[self._corrupt_at - start] ^= 0xFF
+            self._corrupt_at, data = None, bytes(changed)
+        if self._cut_at is not None and self.forwarded >= self._cut_at:
+            self._cut_at = None
+            self._loop.call_soon(lambda: [link.abort() for link in list(self._links)])
+        return data
+
+
+class _Line:
+    """One direction of a link."""
+
+    def __init__(
+        self,
+        proxy: Proxy,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        change: Callable[[bytes], bytes],
+    ) -> None:
+        self._proxy = proxy
+        self._reader = reader
+        self._writer = writer
+        self._change = change
+        self._on_its_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_WINDOW // _CHUNK)
+
+    async def receive(self) -> None:
+        loop = asyncio.get_running_loop()
+        data = b"not at its end"
+        while data:
+            data = await self._reader.read(_CHUNK)
+            await self._on_its_way.put((loop.time() + self._proxy.delay, self._change(data)))
+
+    async def send(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due, data = await self._on_its_way.get()
+            if (wait := due - loop.time()) > 0:
+                await asyncio.sleep(wait)
+            await self._proxy.flowing.wait()
+            if not data:
+                self._writer.write_eof()
+                return
+            self._writer.write(data)
+            await self._writer.drain()
+
+
+class _Link:
+    """One client and, once it is connected, its server."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self.writers = [writer]
+
+    def abort(self) -> None:
+        for writer in self.writers:
+            sock: socket.socket = writer.get_extra_info("socket")
+            if sock.family != socket.AF_UNIX and not writer.transport.is_closing():
+                # Nothing lingers: the other side gets a reset, not the end of a stream.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            writer.transport.abort()
