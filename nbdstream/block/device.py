@@ -35,6 +35,8 @@ class BlockDevice(ABC):
     """Requests must be aligned to this (NBD_INFO_BLOCK_SIZE's minimum), bytes."""
     preferred_block: int = 4096
     """Requests aligned to this are served best (NBD_INFO_BLOCK_SIZE's preferred), bytes."""
+    layered: bool = False
+    """Whether its extents lie in different layers, or may be remote: whether it has more to tell than holes and data."""
 
     def read_now(self, offset: int, length: int) -> Sequence[Buffer] | None:
         """Return buffers that together hold the range, or None if that would block.

@@ -50,6 +50,7 @@ class Overlay(BlockDevice):
     """
 
     preferred_block = 65536
+    layered = True
 
     def __init__(self, image: QedImage, below: BlockDevice | None = None) -> None:
         self.image = image

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from nbdstream.errors import NbdstreamError
 from nbdstream.units import SizeError, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 FORMATS = ("raw", "qed")
+
+
+class UsageError(NbdstreamError):
+    """The command line asks for what cannot be, in a way that its grammar does not tell: exit code 2."""
 
 
 def size(text: str) -> int:
@@ -69,7 +74,7 @@ def add_backing_format(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_socket_access(parser: argparse.ArgumentParser) -> None:
+def add_socket_access(parser: argparse._ActionsContainer) -> None:
     """Add who may use a unix socket."""
     parser.add_argument(
         "--socket-mode",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from nbdstream.cli import FAILED
+from nbdstream.cli import FAILED, USAGE
+from nbdstream.cli.arguments import UsageError
 from nbdstream.errors import NbdstreamError
 from nbdstream.service.logging import set_up_logging
 
@@ -31,6 +32,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         code: int = uvloop.run(options.run(options))
         sys.stdout.flush()
+    except UsageError as error:
+        _fail(str(error))
+        return USAGE
     except NbdstreamError as error:
         if options.debug:
             raise

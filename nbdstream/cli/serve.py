@@ -1,23 +1,37 @@
-"""Export an image over NBD, read-only unless --writable is given.
+"""Export images over NBD, read-only unless --writable is given.
 
-The NBD URI is logged once clients can connect. SIGTERM and SIGINT finish what is in flight, and exit with 0."""
+A single IMAGE is the export "" (or -x NAME). Several are named by their files, or NAME=IMAGE each, and the first is
+the default export, too. What begins with / or ./ or ../, or has no =, is a path as it stands. Else it is
+NAME=IMAGE[,format=raw|qed][,writable=on|off][,allow=CN:CN...][,backing-format=FORMAT:FORMAT...][,description=TEXT],
+with a comma in a name, a path or a text written twice. allow= has the certificate names of the clients that may open
+the export (it needs --tls-verify-peer).
+
+The NBD URIs are logged once clients can connect. SIGTERM and SIGINT finish what is in flight, and exit with 0."""
 
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import AsyncExitStack
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from nbdstream.block.chain import open_device
-from nbdstream.cli import arguments
-from nbdstream.cli.running import stop_signals
+from nbdstream.cli import arguments, exports
+from nbdstream.cli.exports import ExportSpec
+from nbdstream.cli.limits import add_limits, limits
+from nbdstream.cli.listening import Listening, add_listening, refuse_exposure
+from nbdstream.cli.running import either, stop_signals
+from nbdstream.cli.stdio import Stdio, StdioServer
+from nbdstream.cli.tls import add_tls, tls_policy
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
 from nbdstream.service import notify
-from nbdstream.uri import DEFAULT_PORT
+from nbdstream.service.activation import activated_sockets
 
 if TYPE_CHECKING:
     import argparse
+    import asyncio
 
 log = logging.getLogger(__name__)
 
@@ -26,22 +40,15 @@ _MOST_CLIENTS = 10_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``serve`` understands."""
-    parser.add_argument("image", metavar="IMAGE", help="a raw image, a block device, or with -f qed a QED image")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="a raw image, a block device, or with -f qed a QED image; or NAME=IMAGE[,KEY=VALUE...]",
+    )
     arguments.add_format(parser)
     arguments.add_backing_format(parser)
-    parser.add_argument("-x", "--export-name", default="", metavar="NAME", help='name of the export (default: "")')
-    parser.add_argument("-U", "--unix", "-k", "--socket", metavar="PATH", help="listen on a unix socket")
-    parser.add_argument(
-        "-b", "--bind", default="127.0.0.1", metavar="ADDR", help="listen on this address (default: 127.0.0.1)"
-    )
-    parser.add_argument(
-        "-p",
-        "--port",
-        type=arguments.count(0, 65535),
-        default=DEFAULT_PORT,
-        metavar="PORT",
-        help=f"listen on this TCP port (default: {DEFAULT_PORT}; 0: any free one)",
-    )
+    parser.add_argument("-x", "--export-name", metavar="NAME", help='name of a single export (default: "")')
     access = parser.add_mutually_exclusive_group()
     access.add_argument("-r", "--read-only", action="store_true", help="let nobody write (the default)")
     access.add_argument("--writable", action="store_true", help="let clients write")
@@ -51,34 +58,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.count(0, _MOST_CLIENTS),
         default=0,
         metavar="N",
-        help="let at most N clients connect at a time (default: 0, no limit of its own)",
+        help="let at most N clients have an export open at a time (default: 0, no limit of its own)",
     )
-    arguments.add_socket_access(parser)
+    add_listening(parser)
+    add_tls(parser)
+    add_limits(parser)
 
 
 async def run(options: argparse.Namespace) -> int:
-    """Serve until told to stop."""
-    path = options.image
+    """Serve until told to stop, or with --stdio until the client has gone."""
+    specs = _specs(options)
+    policy = tls_policy(options, specs)
+    where = Listening.choose(options, activated_sockets())
+    stdio = Stdio() if options.stdio else None
+    if not (options.insecure or (policy and policy.required)):
+        await refuse_exposure([*where.activated, stdio.socket] if stdio else where.activated, where.tcp)
     async with AsyncExitStack() as stack:
-        device = await open_device(path, options.format, options.backing_format, writable=options.writable)
-        stack.push_async_callback(device.close)
-        export = Export(
-            options.export_name,
-            device,
-            writable=options.writable,
-            description=path,
-            max_connections=options.shared or None,
-        )
-        server = NbdServer([export])
+        opened = [await _open(spec, stack, shared=options.shared) for spec in specs]
+        server = (StdioServer if stdio else NbdServer)(opened, limits=limits(options))
         stack.push_async_callback(server.close)
         with stop_signals() as stop:
-            if options.unix:
-                await server.listen_unix(options.unix, mode=options.socket_mode, group=options.socket_group)
+            await where.begin(server, options)
+            for uri, spec in zip(server.uris, cycle(specs), strict=False):
+                log.info("serving %s at %s", spec.path, uri)
+            notify.ready(f"serving {specs[0].path if len(specs) == 1 else f'{len(specs)} exports'}")
+            if stdio and isinstance(server, StdioServer):
+                await _serve_stdio(server, stdio, stop)
             else:
-                await server.listen_tcp(options.bind, options.port)
-            for uri in server.uris:
-                log.info("serving %s at %s", path, uri)
-            notify.ready(f"serving {path}")
-            await stop.wait()
+                await stop.wait()
             notify.stopping()
+    if stdio:
+        stdio.finish()
     return 0
+
+
+def _specs(options: argparse.Namespace) -> list[ExportSpec]:
+    exports.check_ambiguity(options.images)
+    return exports.complete(
+        [ExportSpec.parse(text) for text in options.images],
+        name=options.export_name,
+        image_format=options.format,
+        writable=options.writable,
+        backing_formats=options.backing_format,
+    )
+
+
+async def _open(spec: ExportSpec, stack: AsyncExitStack, *, shared: int) -> Export:
+    writable = bool(spec.writable)
+    device = await open_device(spec.path, spec.image_format, spec.backing_formats or (), writable=writable)
+    stack.push_async_callback(device.close)
+    description = os.fsencode(spec.path).decode(errors="replace") if spec.description is None else spec.description
+    try:
+        return Export(
+            spec.name or "",
+            device,
+            writable=writable,
+            description=description,
+            max_connections=shared or None,
+        )
+    except ValueError as error:
+        raise arguments.UsageError(f"{spec.path}: {error}") from None
+
+
+async def _serve_stdio(server: StdioServer, stdio: Stdio, stop: asyncio.Event) -> None:
+    log.info("serving %s on standard input and output", ", ".join(repr(export.name) for export in server.exports))
+    await either(stop, server.serve_client(stdio.socket))

@@ -22,13 +22,16 @@ from nbdstream.server.sockets import describe_peer
 from nbdstream.wire.transmission import READ, Request, RequestFields, Transmission
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import TypeAlias
 
     from nbdstream.block.device import Buffer
     from nbdstream.server.export import Export
     from nbdstream.server.limits import Limits
     from nbdstream.server.payloads import PayloadMemory
     from nbdstream.wire.export import Agreement
+
+    Join: TypeAlias = Callable[[Sequence[Buffer]], Iterable[bytes]]
 
 _log = logging.getLogger(__name__)
 
@@ -50,10 +53,15 @@ class Connection(asyncio.BufferedProtocol):
         limits: Limits,
         memory: PayloadMemory,
         *,
+        join: Join | None,
         closed: Callable[[Connection], None],
     ) -> None:
-        """Take over ``transport``; ``closed`` is told once, when nothing is in flight any more either."""
+        """Take over ``transport``; ``closed`` is told once, when nothing is in flight any more either.
+
+        ``join`` makes bytes of replies for a transport that looks at what it sends; None for one that does not.
+        """
         self._transport = transport
+        self._join = join
         self._export = export
         self._limits = limits
         self._memory = memory
@@ -260,9 +268,22 @@ class Connection(asyncio.BufferedProtocol):
         self._start, self._end = 0, left
 
     def _send(self) -> None:
-        if self._replies:
+        if not self._replies:
+            return
+        if self._join:
+            self._send_joined(self._join)
+        else:
             self._transport.writelines(self._replies)
-            self._replies.clear()
+        self._replies.clear()
+
+    def _send_joined(self, join: Join) -> None:
+        try:
+            for data in join(self._replies):
+                self._transport.write(data)
+        except OSError as error:
+            # Its header may have left already. Where nobody has to look at it, the send itself fails like this.
+            _log.warning("%s: what was read cannot be sent: %s", self._peer, error.strerror)
+            self._transport.abort()
 
     def _settle(self) -> None:
         """Send what is ready, and see whether to read on or to close."""

@@ -30,6 +30,9 @@ REMOTE: Final = MetaContext("x-nbdstream:remote", lambda extent: int(bool(extent
 """Ours, for an overlay that is being filled: bit 0 is set where reading has to ask the source. (proto.md keeps
 ``x-`` for namespaces that nobody registered.)"""
 
+LAYERED_CONTEXTS: Final = (BASE_ALLOCATION, QEMU_ALLOCATION_DEPTH, REMOTE)
+"""For a device that is layered on another."""
+
 
 def descriptors(context: MetaContext, extents: Sequence[Extent], *, only_one: bool) -> list[tuple[int, int]]:
     """Return (length, status flags) of contiguous extents, neighbours of equal status joined.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nbdstream.server.contexts import BASE_ALLOCATION, MetaContext
+from nbdstream.server.contexts import BASE_ALLOCATION, LAYERED_CONTEXTS, MetaContext
 from nbdstream.wire.export import ExportInfo
 from nbdstream.wire.nbd import TransmissionFlag
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from nbdstream.block.device import BlockDevice
 
@@ -30,18 +30,25 @@ class Export:
         writable: bool,
         description: str = "",
         max_connections: int | None = None,
-        contexts: Sequence[MetaContext] = (BASE_ALLOCATION,),
+        contexts: Sequence[MetaContext] | None = None,
+        allow: Collection[str] | None = None,
     ) -> None:
         """Offer ``device`` as ``name``; raises ValueError for what cannot go over the wire.
 
-        ``max_connections`` is how many clients may have it open at once (None: no limit but the server's).
+        ``max_connections`` is how many clients may have it open at once (None: no limit but the server's). ``contexts``
+        are the meta contexts it offers: by default those that the device has something to say in. ``allow`` names the
+        clients that may know of it and open it, by a name in their certificates: nobody else, and nobody without TLS
+        (None: everybody).
         """
         if writable and device.read_only:
             msg = f"the device of export {name!r} is read-only"
             raise ValueError(msg)
         self.device = device
         self.max_connections = max_connections
+        if contexts is None:
+            contexts = LAYERED_CONTEXTS if device.layered else (BASE_ALLOCATION,)
         self.contexts = {context.name: context for context in contexts}
+        self.allow = None if allow is None else frozenset(allow)
         self.info = ExportInfo(
             name=name,
             size=device.size,
@@ -64,6 +71,10 @@ class Export:
     def name(self) -> str:
         """The name that clients ask for."""
         return self.info.name
+
+    def permits(self, names: Collection[str]) -> bool:
+        """Whether a client may know of it whose certificate bears these names."""
+        return self.allow is None or not self.allow.isdisjoint(names)
 
     def refusal(self) -> str | None:
         """Why one more client cannot open it, or None."""

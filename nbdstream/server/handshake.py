@@ -2,6 +2,9 @@
 
 When it opens one, a :class:`Connection` takes over its transport. Until then it may cost a deadline's time, an
 option's memory, and nothing else: no device hears of it.
+
+On STARTTLS the reader stops before the client is told to begin: what a stranger sends in plain text behind it goes to
+the TLS handshake, and ends there.
 """
 
 from __future__ import annotations
@@ -10,17 +13,22 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Protocol, cast
 
+import uvloop
+
 from nbdstream.errors import ProtocolError
 from nbdstream.server.connection import Connection
 from nbdstream.server.sockets import describe_peer, tune
-from nbdstream.wire.negotiation import Negotiation, Phase
+from nbdstream.server.tls import common_names
+from nbdstream.wire.negotiation import Negotiation, Phase, Tls
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from nbdstream.server.export import Export
+    from nbdstream.server.joining import KernelJoin
     from nbdstream.server.limits import Limits
     from nbdstream.server.payloads import PayloadMemory
+    from nbdstream.server.tls import TlsPolicy
     from nbdstream.wire.export import ExportInfo
 
 _log = logging.getLogger(__name__)
@@ -36,6 +44,14 @@ class Host(Protocol):
     @property
     def limits(self) -> Limits:
         """What clients may cost."""
+
+    @property
+    def tls(self) -> TlsPolicy | None:
+        """What is done about TLS; None: nothing."""
+
+    @property
+    def joiner(self) -> KernelJoin:
+        """For the replies that have to be looked at before they are sent."""
 
     @property
     def memory(self) -> PayloadMemory:
@@ -59,7 +75,19 @@ class Handshake(asyncio.Protocol):
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._negotiation = Negotiation([export.info for export in host.exports], admit=self._admit)
+        self.connection: Connection | None = None
+        """What became of it when the client opened an export."""
+        self._names: Collection[str] | None = None
+        """Inside TLS: what the client's certificate says that it is."""
+        self._negotiation = Negotiation(
+            [export.info for export in host.exports],
+            admit=self._admit,
+            permit=self._permit,
+            tls=_mode(host.tls),
+            maximum_option=host.limits.option_length,
+            maximum_options=host.limits.options,
+        )
+        self._securing: asyncio.Task[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._peer = "?"
         self._write_paused = False
@@ -88,15 +116,20 @@ class Handshake(asyncio.Protocol):
             _log.info("%s: %s", self._peer, error)
             self._transport.abort()
             return
+        if phase is Phase.STARTTLS:
+            self._transport.pause_reading()
         self._transport.write(self._negotiation.data_to_send())
         if phase is Phase.CLOSED:
             self._transport.close()
+        elif phase is Phase.OPTIONS:
+            return
+        elif self._write_paused:
+            # It goes on without having read the replies to its earlier options, which it must.
+            self._transport.abort()
+        elif phase is Phase.STARTTLS:
+            self._securing = asyncio.get_running_loop().create_task(self._secure())
         elif phase is Phase.TRANSMISSION:
-            if self._write_paused:
-                # It opened an export without having read the replies to its earlier options, which it must.
-                self._transport.abort()
-            else:
-                self._hand_over()
+            self._hand_over()
 
     def pause_writing(self) -> None:
         """Stop reading: replies pile up that the client does not take."""
@@ -106,7 +139,7 @@ class Handshake(asyncio.Protocol):
     def resume_writing(self) -> None:
         """Go on."""
         self._write_paused = False
-        if not self._transport.is_closing():
+        if not (self._securing or self._transport.is_closing()):
             self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -119,6 +152,36 @@ class Handshake(asyncio.Protocol):
 
     def _admit(self, info: ExportInfo) -> str | None:
         return self._export(info).refusal()
+
+    def _permit(self, info: ExportInfo) -> bool:
+        return self._export(info).permits(self._names or ())
+
+    async def _secure(self) -> None:
+        """Go over to TLS, within the time that the whole handshake has."""
+        policy, limits = self._host.tls, self._host.limits
+        assert policy is not None
+        loop = asyncio.get_running_loop()
+        try:
+            transport = await loop.start_tls(
+                self._transport,
+                self,
+                policy.context,
+                server_side=True,
+                ssl_handshake_timeout=limits.handshake_time,
+                ssl_shutdown_timeout=limits.linger_time,
+            )
+        except OSError as error:
+            _log.warning("%s: TLS failed: %s", self._peer, getattr(error, "verify_message", None) or error)
+            self._transport.abort()
+            self._end()
+            return
+        if transport is None or transport.is_closing():
+            self._end()
+            return
+        self._transport = transport
+        self._securing = None
+        self._names = common_names(transport.get_extra_info("ssl_object"))
+        self._negotiation = self._negotiation.secured()
 
     def _export(self, info: ExportInfo) -> Export:
         return next(export for export in self._host.exports if export.info is info)
@@ -133,13 +196,29 @@ class Handshake(asyncio.Protocol):
         host = self._host
         self._end()
         export = self._export(agreement.export)
-        connection = Connection(self._transport, export, agreement, host.limits, host.memory, closed=host.closed)
-        host.opened(connection)
-        self._transport.set_protocol(connection)
-        connection.begin(self._negotiation.rest())
+        # Only uvloop, and without TLS, leaves it to the kernel to look at what is sent.
+        bare = self._names is None and isinstance(asyncio.get_running_loop(), uvloop.Loop)
+        self.connection = Connection(
+            self._transport,
+            export,
+            agreement,
+            host.limits,
+            host.memory,
+            join=None if bare else host.joiner.join,
+            closed=host.closed,
+        )
+        host.opened(self.connection)
+        self._transport.set_protocol(self.connection)
+        self.connection.begin(self._negotiation.rest())
 
     def _end(self) -> None:
         if self._deadline:
             self._deadline.cancel()
             self._deadline = None
             self._host.left(self)
+
+
+def _mode(policy: TlsPolicy | None) -> Tls:
+    if policy is None:
+        return Tls.OFF
+    return Tls.REQUIRED if policy.required else Tls.OFFERED

@@ -19,6 +19,13 @@ class Limits:
     handshake_time: float = 10.0
     """From the connection to the end of negotiation, as QEMU has it; a human over a satellite link needs under 5."""
 
+    option_length: int = 256 << 10
+    """Data of one option of the handshake, which are kept until they are complete; longer ones are skipped and refused.
+    The largest sensible one (a name and every information type) has 135,172."""
+
+    options: int = 1024
+    """Options in one handshake. Real clients send fewer than ten for an export."""
+
     requests_in_flight: int = 256
     """Per connection, requests that the device has not answered yet. libnbd advises 64, the Linux client uses 128."""
 

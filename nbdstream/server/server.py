@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nbdstream.errors import ListenError
 from nbdstream.server import sockets
 from nbdstream.server.handshake import Handshake
+from nbdstream.server.joining import KernelJoin
 from nbdstream.server.limits import Limits
 from nbdstream.server.payloads import PayloadMemory
 from nbdstream.uri import NbdUri
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from nbdstream.server.connection import Connection
     from nbdstream.server.export import Export
+    from nbdstream.server.tls import TlsPolicy
 
 _log = logging.getLogger(__name__)
 
@@ -27,15 +29,29 @@ _log = logging.getLogger(__name__)
 class NbdServer:
     """Serves exports to any number of clients on any number of sockets."""
 
-    def __init__(self, exports: Sequence[Export], *, limits: Limits = Limits()) -> None:  # noqa: B008 - it is frozen
-        """Serve ``exports``; the first is the default (the empty name). Raises ValueError if two have one name."""
+    def __init__(
+        self,
+        exports: Sequence[Export],
+        *,
+        limits: Limits = Limits(),  # noqa: B008 - it is frozen
+        tls: TlsPolicy | None = None,
+    ) -> None:
+        """Serve ``exports``; the first is the default (the empty name).
+
+        Raises ValueError if two have one name, or if one is for certain clients only and there is no ``tls`` to tell
+        them by.
+        """
         names = [export.name for export in exports]
         if len(set(names)) != len(names):
             msg = f"two exports have one name: {sorted(names)}"
             raise ValueError(msg)
+        if tls is None and any(export.allow is not None for export in exports):
+            raise ValueError("without TLS nobody can be told by a certificate")
         self.exports = list(exports)
         self.limits = limits
+        self.tls = tls
         self.memory = PayloadMemory()
+        self.joiner = KernelJoin()
         self.uris: list[str] = []
         """An NBD URI for every export on every socket that it is listened on."""
         self._servers: list[asyncio.Server] = []
@@ -79,6 +95,15 @@ class NbdServer:
         """Listen on a stream socket that is bound already, and own it from now on. Raises ListenError."""
         await self._listen(sock)
 
+    async def serve_client(self, sock: socket.socket) -> None:
+        """Serve the client at the other end of a connected stream socket, until it has gone. Raises OSError."""
+        sock.setblocking(False)
+        handshake = Handshake(self)
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: handshake, sock)
+        while handshake in self._handshakes or handshake.connection in self._connections:
+            self._changed.clear()
+            await self._changed.wait()
+
     async def close(self, deadline: float = 10.0) -> None:
         """Stop listening, finish what is in flight, close every connection; all within ``deadline`` seconds.
 
@@ -102,6 +127,7 @@ class NbdServer:
             await self._all_gone(1.0)
         self._servers.clear()
         self._files.clear()
+        self.joiner.close()
 
     # -- called by the clients' protocols ------------------------------------------------------------------
 
@@ -146,7 +172,14 @@ class NbdServer:
     def _add(self, server: asyncio.Server) -> None:
         self._servers.append(server)
         for sock in server.sockets:
-            self.uris += [str(_uri(sock, export.name)) for export in self.exports]
+            self.uris += [str(self._uri(sock, export)) for export in self.exports]
+
+    def _uri(self, sock: socket.socket, export: Export) -> NbdUri:
+        tls = export.allow is not None or (self.tls is not None and self.tls.required)
+        name = sock.getsockname()
+        if sock.family == socket.AF_UNIX:
+            return NbdUri(tls=tls, socket=os.fsdecode(name), export=export.name)
+        return NbdUri(tls=tls, host=name[0], port=name[1], export=export.name)
 
     async def _all_gone(self, timeout: float) -> bool:  # noqa: ASYNC109 - a bound on the whole of several waits
         try:
@@ -157,10 +190,3 @@ class NbdServer:
         except TimeoutError:
             return False
         return True
-
-
-def _uri(sock: socket.socket, export: str) -> NbdUri:
-    name = sock.getsockname()
-    if sock.family == socket.AF_UNIX:
-        return NbdUri(socket=os.fsdecode(name), export=export)
-    return NbdUri(host=name[0], port=name[1], export=export)

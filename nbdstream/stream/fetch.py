@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Fetches:
         self._cluster_size = overlay.image.cluster_size
         self._in_flight: dict[int, Fetch] = {}
         self.bytes_in_flight = 0
+        self.last_wanted = -math.inf
+        """When somebody last had to wait for a fetch, by the loop's clock."""
         self.bytes_fetched = 0
         """What came over the connection, in bytes."""
         self.on_finished: Callable[[OSError | None], None] = lambda _error: None
@@ -54,6 +57,8 @@ class Fetches:
         Raises OSError if the source answers with an error.
         """
         waiting = [self._join(fetch) for fetch in self._needed(first, behind)]
+        if waiting:
+            self.last_wanted = asyncio.get_running_loop().time()
         for error in await asyncio.gather(*waiting) if waiting else ():
             if error is not None and error.errno != errno.ENOSPC:
                 raise OSError(error.errno, error.strerror)
@@ -110,9 +115,10 @@ class Fetches:
             self.bytes_fetched += fetch.length
             missing = (fetch.behind - fetch.first) * self._cluster_size - fetch.length
             if missing:  # the last cluster of a disk that ends within it: a cluster lies in the file as a whole
-                self._image.write_now(
+                if not self._image.write_now(
                     fetch.place + fetch.length, bytes(missing), lambda failed: self._store(fetch, zero, failed)
-                )
+                ):
+                    self._store(fetch, 0, self._image.failed)
                 return
         self._store(fetch, zero or 0, error)
 

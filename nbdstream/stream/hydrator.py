@@ -20,10 +20,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _REQUEST_BYTES = 1 << 20
-"""Long enough that a request's fixed costs vanish, short enough not to keep a guest's read waiting."""
+"""Long enough that a request's fixed costs vanish."""
+
+_REQUEST_BYTES_BESIDE_GUEST = 256 << 10
+"""What is being received or stored is not interrupted for a guest's read, so its length is what the guest waits."""
 
 _BYTES_IN_FLIGHT = 16 << 20
 """What fills a link: 640 MB/s at a round trip of 25 ms."""
+
+_BYTES_IN_FLIGHT_BESIDE_GUEST = 8 << 20
+"""What the source works on at the same time as on the guest's read."""
+
+_GUEST_SECONDS = 0.5
+"""For so long after a guest had to wait for the source it is assumed to come again."""
 
 _EPOCH_BYTES = 16 << 20
 """After so much an epoch begins: a guest's flush waits for what is undurable."""
@@ -45,6 +54,7 @@ class Hydrator:
         self._survey = survey
         self._throttle = throttle
         self._cursor = 0
+        self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._error: OSError | None = None
         fetches.on_finished = self._finished
@@ -65,9 +75,18 @@ class Hydrator:
             if self._image.backlog >= epoch:
                 self._image.nudge()
             if self._image.backlog >= most:
-                await self._image.linked()
+                await self._link()
                 continue
             await self._wait(delay)
+
+    async def _link(self) -> None:
+        """Wait until what was fetched is linked."""
+        try:
+            await self._image.linked()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self._error = error  # no room for a table
 
     def _finished(self, error: OSError | None) -> None:
         self._error = error or self._error
@@ -91,8 +110,10 @@ class Hydrator:
 
     def _fetch_more(self) -> float:
         """Begin as many fetches as may be; return for how many seconds the rate limit forbids more, if it does."""
-        count = max(1, _REQUEST_BYTES // self._image.cluster_size)
-        while self._fetches.bytes_in_flight < _BYTES_IN_FLIGHT:
+        guest = self._loop.time() - self._fetches.last_wanted < _GUEST_SECONDS
+        most = _BYTES_IN_FLIGHT_BESIDE_GUEST if guest else _BYTES_IN_FLIGHT
+        count = max(1, (_REQUEST_BYTES_BESIDE_GUEST if guest else _REQUEST_BYTES) // self._image.cluster_size)
+        while self._fetches.bytes_in_flight < most:
             if delay := self._throttle.delay():
                 return delay
             cluster = self._next()

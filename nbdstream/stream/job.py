@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from collections import deque
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _RATE_WINDOW_SECONDS = 5.0
+_RETRY_SECONDS = 1.0
 
 
 class JobStatus(Enum):
@@ -73,11 +75,23 @@ class StreamJob:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._survey.run())
             tasks.create_task(hydrator.run())
-        await tidy(self._overlay.image, self._overlay)
-        await self._overlay.image.forget_backing()
+        while not await self._let_go():
+            await asyncio.sleep(_RETRY_SECONDS)  # noqa: ASYNC110 - nobody tells when a disk has room again
         self._overlay.become_independent()
         await self._source.close()
         self.status = JobStatus.CONCLUDED
+
+    async def _let_go(self) -> bool:
+        """Make everything durable and forget the source; return whether there was room for that."""
+        try:
+            await tidy(self._overlay.image, self._overlay)
+            await self._overlay.image.forget_backing()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            log.error("the disk is full: the overlay becomes independent when there is room")
+            return False
+        return True
 
     @property
     def progress(self) -> Progress:

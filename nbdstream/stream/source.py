@@ -29,8 +29,8 @@ _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
 """A source host that reboots takes minutes: asking it every few seconds costs nothing and wastes little."""
 
-_LOST = frozenset({errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN})
-"""What a request fails with when the connection is gone, or the server is going."""
+_LOST = frozenset({errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECANCELED})
+"""What a request fails with when the connection is gone, or is closed since it is gone, or the server is going."""
 
 
 class Source(BlockDevice):

@@ -33,7 +33,7 @@ class ExportInfo:
     size: int
     """Bytes."""
     flags: TransmissionFlag
-    """Without SEND_DF, which depends on what the client negotiates."""
+    """Without those that depend on what the client negotiates: SEND_DF and BLOCK_STATUS_PAYLOAD."""
     description: str = ""
     minimum_block: int = 1
     preferred_block: int = 4096
@@ -67,18 +67,21 @@ class Agreement:
 
     export: ExportInfo
     structured: bool = False
+    extended: bool = False
+    """Headers of 32 bytes both ways; ``structured`` makes no difference then."""
     contexts: dict[int, str] = field(default_factory=dict)
     """The selected meta contexts: names by context id, in the order they are reported."""
 
     @property
     def flags(self) -> TransmissionFlag:
         """The transmission flags that the client was told."""
-        return transmission_flags(self.export, structured=self.structured)
-
-
-def transmission_flags(export: ExportInfo, *, structured: bool) -> TransmissionFlag:
-    """Return what an export can do on this connection; SEND_DF needs structured replies."""
-    return export.flags | TransmissionFlag.SEND_DF if structured else export.flags
+        flags = self.export.flags
+        if self.structured or self.extended:
+            flags |= TransmissionFlag.SEND_DF
+        # "SHOULD NOT advertise this bit ... if the client does not negotiate metacontexts."
+        if self.extended and self.contexts:
+            flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
+        return flags
 
 
 def find_export(exports: Sequence[ExportInfo], name: str) -> ExportInfo | None:

@@ -1,7 +1,7 @@
 """The constants and message layouts of NBD, named as in proto.md ("Values").
 
 Nothing here decides anything. Integers are unsigned and big-endian, as everywhere in NBD; all offsets and
-lengths are bytes.
+lengths are bytes. What has to do with extended headers is in proto.md's branch extension-ext-header.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ REP_MAGIC: Final = 0x0003E889045565A9
 REQUEST_MAGIC: Final = 0x25609513
 SIMPLE_REPLY_MAGIC: Final = 0x67446698
 STRUCTURED_REPLY_MAGIC: Final = 0x668E33EF
+EXTENDED_REQUEST_MAGIC: Final = 0x21E41C71
+EXTENDED_REPLY_MAGIC: Final = 0x6E8A278C
 
 MAX_STRING: Final = 4096
 """Bytes of UTF-8 in an export name, a description, a context name or an error text ("Conventions")."""
@@ -46,17 +48,41 @@ INFO_BLOCK_SIZE: Final = struct.Struct("!HIII")
 REQUEST: Final = struct.Struct("!IHHQQI")
 """REQUEST_MAGIC, command flags, command, cookie, offset, length."""
 
+EXTENDED_REQUEST: Final = struct.Struct("!IHHQQQ")
+"""EXTENDED_REQUEST_MAGIC, command flags, command, cookie, offset, length of the payload or of what is asked for."""
+
 SIMPLE_REPLY: Final = struct.Struct("!IIQ")
 """SIMPLE_REPLY_MAGIC, error, cookie."""
 
 CHUNK: Final = struct.Struct("!IHHQI")
 """STRUCTURED_REPLY_MAGIC, reply flags, reply type, cookie, length of the payload that follows."""
 
+EXTENDED_CHUNK: Final = struct.Struct("!IHHQQQ")
+"""EXTENDED_REPLY_MAGIC, reply flags, reply type, cookie, the request's offset, length of the payload that follows."""
+
 OFFSET_DATA_CHUNK: Final = struct.Struct("!IHHQIQ")
 """A CHUNK header and the offset that an OFFSET_DATA chunk begins with."""
 
+EXTENDED_OFFSET_DATA_CHUNK: Final = struct.Struct("!IHHQQQQ")
+"""An EXTENDED_CHUNK header and the offset that an OFFSET_DATA chunk begins with."""
+
+HOLE: Final = struct.Struct("!QI")
+"""OFFSET_HOLE: offset, length of the hole."""
+
 DESCRIPTOR: Final = struct.Struct("!II")
 """BLOCK_STATUS: length of the extent, status flags."""
+
+DESCRIPTOR_EXT: Final = struct.Struct("!QQ")
+"""BLOCK_STATUS_EXT: length of the extent, status flags."""
+
+STATUS_HEADER: Final = struct.Struct("!I")
+"""BLOCK_STATUS: context id. The descriptors follow."""
+
+STATUS_HEADER_EXT: Final = struct.Struct("!II")
+"""BLOCK_STATUS_EXT: context id, number of descriptors. The descriptors follow."""
+
+STATUS_PAYLOAD: Final = struct.Struct("!Q")
+"""What a BLOCK_STATUS request with a payload begins with: the length asked about. Context ids (32 bits) follow."""
 
 ERROR_PAYLOAD: Final = struct.Struct("!IH")
 """Reply type ERROR: error, length of the text that follows."""
@@ -91,6 +117,7 @@ class TransmissionFlag(IntFlag):
     SEND_RESIZE = 1 << 9
     SEND_CACHE = 1 << 10
     SEND_FAST_ZERO = 1 << 11
+    BLOCK_STATUS_PAYLOAD = 1 << 12
 
 
 class Opt(IntEnum):
@@ -125,6 +152,7 @@ class Rep(IntEnum):
     ERR_SHUTDOWN = (1 << 31) + 7
     ERR_BLOCK_SIZE_REQD = (1 << 31) + 8
     ERR_TOO_BIG = (1 << 31) + 9
+    ERR_EXT_HEADER_REQD = (1 << 31) + 10
 
 
 class Info(IntEnum):
@@ -158,6 +186,7 @@ class CmdFlag(IntFlag):
     DF = 1 << 2
     REQ_ONE = 1 << 3
     FAST_ZERO = 1 << 4
+    PAYLOAD_LEN = 1 << 5
 
 
 class ReplyFlag(IntFlag):
@@ -173,6 +202,7 @@ class ReplyType(IntEnum):
     OFFSET_DATA = 1
     OFFSET_HOLE = 2
     BLOCK_STATUS = 5
+    BLOCK_STATUS_EXT = 6
     ERROR = (1 << 15) + 1
     ERROR_OFFSET = (1 << 15) + 2
 

@@ -5,6 +5,7 @@
     GREETING --client flags--> OPTIONS --EXPORT_NAME or GO--> TRANSMISSION
         |                         |
         +-------------------------+--ABORT--> CLOSED         (anything that cannot be followed: ProtocolError)
+                                  +--STARTTLS--> STARTTLS, and inside TLS the OPTIONS of :meth:`Negotiation.secured`
 
 An unknown option is answered ERR_UNSUP, a malformed one ERR_INVALID, and the stream stays in step in both cases.
 What is kept is bounded by the largest option that is accepted; larger ones are skipped as they arrive.
@@ -17,7 +18,7 @@ from enum import Enum, auto
 from typing import Final
 
 from nbdstream.errors import ProtocolError
-from nbdstream.wire.export import Agreement, ExportInfo, find_export, transmission_flags
+from nbdstream.wire.export import Agreement, ExportInfo, find_export
 from nbdstream.wire.nbd import (
     CLIENT_FLAGS,
     EXPORT_NAME_PADDING,
@@ -60,6 +61,22 @@ _KNOWN_CLIENT_FLAGS: Final = int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROE
 Admit = Callable[[ExportInfo], str | None]
 """Asked when a client wants to open an export: None to let it in, or why not."""
 
+Permit = Callable[[ExportInfo], bool]
+"""Whether a client, being who it is now, may know of an export and open it."""
+
+
+class Tls(Enum):
+    """What the server does about TLS (proto.md, "Server-side requirements")."""
+
+    OFF = auto()
+    """NOTLS."""
+    OFFERED = auto()
+    """SELECTIVETLS. What is not permitted in plain text needs TLS, and is hidden until then."""
+    REQUIRED = auto()
+    """FORCEDTLS."""
+    ACTIVE = auto()
+    """All of this is encrypted already."""
+
 
 class Phase(Enum):
     """Where the handshake stands."""
@@ -70,16 +87,31 @@ class Phase(Enum):
     """Over: :attr:`Negotiation.agreement` holds, and what :meth:`Negotiation.rest` returns belongs to it."""
     CLOSED = auto()
     """Over: send what there is to send and close."""
+    STARTTLS = auto()
+    """Stop reading, then send what there is to send, begin TLS, and go on with :meth:`Negotiation.secured`."""
 
 
 class Negotiation:
     """The handshake of one connection."""
 
-    def __init__(self, exports: Sequence[ExportInfo], *, admit: Admit = lambda _export: None) -> None:
+    def __init__(
+        self,
+        exports: Sequence[ExportInfo],
+        *,
+        admit: Admit = lambda _export: None,
+        permit: Permit = lambda _export: True,
+        tls: Tls = Tls.OFF,
+        maximum_option: int = MAXIMUM_OPTION,
+        maximum_options: int = MAXIMUM_OPTIONS,
+    ) -> None:
         self.phase = Phase.GREETING
         self.agreement: Agreement | None = None
         self._exports = exports
         self._admit = admit
+        self._permit = permit
+        self._tls = tls
+        self._maximum_option = maximum_option
+        self._maximum_options = maximum_options
         flags = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
         self._output = bytearray(GREETING.pack(NBDMAGIC, IHAVEOPT, flags))
         self._input = bytearray()
@@ -88,6 +120,7 @@ class Negotiation:
         self._options = 0
         self._client_flags = ClientFlag(0)
         self._structured = False
+        self._extended = False
         self._contexts_export: ExportInfo | None = None
         self._contexts: dict[int, str] = {}
 
@@ -111,7 +144,26 @@ class Negotiation:
         self._input += data
         while self._step():
             pass
+        if self.phase is Phase.STARTTLS and self._input:
+            # Whoever is between us could have put it there, to be taken for a part of what is encrypted.
+            raise ProtocolError("plain text behind STARTTLS")
         return self.phase
+
+    def secured(self) -> Negotiation:
+        """Return the haggling that begins anew inside TLS; of what was said in plain text only the client flags hold."""
+        secured = Negotiation(
+            self._exports,
+            admit=self._admit,
+            permit=self._permit,
+            tls=Tls.ACTIVE,
+            maximum_option=self._maximum_option,
+            maximum_options=self._maximum_options,
+        )
+        secured.phase = Phase.OPTIONS
+        secured._client_flags = self._client_flags
+        secured._options = self._options
+        secured._output.clear()  # it has been greeted
+        return secured
 
     def _step(self) -> bool:
         """Take one message if it is there; return whether there may be another."""
@@ -141,16 +193,16 @@ class Negotiation:
         if length > ABSURD_OPTION:
             msg = f"an option with {length} bytes of data"
             raise ProtocolError(msg)
-        if length <= MAXIMUM_OPTION and len(self._input) < OPTION.size + length:
+        if length <= self._maximum_option and len(self._input) < OPTION.size + length:
             return False
         self._options += 1
-        if self._options > MAXIMUM_OPTIONS:
-            msg = f"more than {MAXIMUM_OPTIONS} options"
+        if self._options > self._maximum_options:
+            msg = f"more than {self._maximum_options} options"
             raise ProtocolError(msg)
         if not self._client_flags & ClientFlag.FIXED_NEWSTYLE and option != Opt.EXPORT_NAME:
             raise ProtocolError("an option other than EXPORT_NAME without fixed newstyle")
         self._take(OPTION.size)
-        if length > MAXIMUM_OPTION:
+        if length > self._maximum_option:
             self._skip, self._skipped_option = length, option
         else:
             self._answer(option, self._take(length))
@@ -162,44 +214,54 @@ class Negotiation:
         self._skip -= skipped
         if self._skip:
             return False
-        if self._skipped_option == Opt.EXPORT_NAME:
-            raise ProtocolError("an export name that is too long")
-        self._reply_error(self._skipped_option, OptionError(Rep.ERR_TOO_BIG, "the option's data are too long"))
+        self._answer(self._skipped_option, None)
         return True
 
-    def _answer(self, option: int, data: bytes) -> None:
+    def _answer(self, option: int, data: bytes | None) -> None:
+        """Answer an option; its data are None if they were too long to be kept."""
         try:
-            match option:
-                case Opt.EXPORT_NAME:
-                    self._export_name(data)
-                case Opt.ABORT:
-                    self._reply(option, Rep.ACK)
-                    self.phase = Phase.CLOSED
-                case Opt.LIST:
-                    self._list(data)
-                case Opt.STARTTLS:
-                    parse_nothing(data)
-                    raise OptionError(Rep.ERR_POLICY, "this server is not set up for TLS")
-                case Opt.INFO | Opt.GO:
-                    self._info(option, data)
-                case Opt.STRUCTURED_REPLY:
-                    parse_nothing(data)
-                    self._structured = True
-                    self._reply(option, Rep.ACK)
-                case Opt.LIST_META_CONTEXT:
-                    self._list_meta_context(data)
-                case Opt.SET_META_CONTEXT:
-                    self._set_meta_context(data)
-                case _:
-                    raise OptionError(Rep.ERR_UNSUP, "this server does not know the option")
+            if self._tls is Tls.REQUIRED and option not in (Opt.STARTTLS, Opt.ABORT):
+                raise OptionError(Rep.ERR_TLS_REQD, "this server wants TLS first")
+            if option == Opt.ABORT:
+                self._reply(option, Rep.ACK)
+                self.phase = Phase.CLOSED
+            elif data is None:
+                raise OptionError(Rep.ERR_TOO_BIG, "the option's data are too long")
+            else:
+                self._perform(option, data)
         except OptionError as error:
             # proto.md: EXPORT_NAME has no way to report an error but to close.
             if option == Opt.EXPORT_NAME:
                 raise ProtocolError(error.text) from None
-            self._reply_error(option, error)
+            self._reply(option, error.reply, error.text.encode())
+
+    def _perform(self, option: int, data: bytes) -> None:
+        match option:
+            case Opt.EXPORT_NAME:
+                self._export_name(data)
+            case Opt.LIST:
+                self._list(data)
+            case Opt.STARTTLS:
+                self._start_tls(data)
+            case Opt.INFO | Opt.GO:
+                self._info(Opt(option), data)
+            case Opt.STRUCTURED_REPLY:
+                self._structured_reply(data)
+            case Opt.LIST_META_CONTEXT:
+                self._list_meta_context(data)
+            case Opt.SET_META_CONTEXT:
+                self._set_meta_context(data)
+            case Opt.EXTENDED_HEADERS:
+                parse_nothing(data)
+                self._extended = True
+                self._reply(option, Rep.ACK)
+            case _:
+                raise OptionError(Rep.ERR_UNSUP, "this server does not know the option")
 
     def _export_name(self, data: bytes) -> None:
-        export = self._open(parse_export_name(data))
+        if self._extended:
+            raise OptionError(Rep.ERR_INVALID, "EXPORT_NAME after extended headers")
+        export = self._open(parse_export_name(data), Opt.EXPORT_NAME)
         self._output += EXPORT_NAME_REPLY.pack(export.size, self._flags(export))
         if not self._client_flags & ClientFlag.NO_ZEROES:
             self._output += EXPORT_NAME_PADDING
@@ -207,13 +269,29 @@ class Negotiation:
 
     def _list(self, data: bytes) -> None:
         parse_nothing(data)
-        for export in self._exports:
+        for export in filter(self._permit, self._exports):
             self._reply(Opt.LIST, Rep.SERVER, _counted(export.name) + export.description.encode())
         self._reply(Opt.LIST, Rep.ACK)
 
-    def _info(self, option: int, data: bytes) -> None:
+    def _start_tls(self, data: bytes) -> None:
+        parse_nothing(data)
+        if self._tls is Tls.OFF:
+            raise OptionError(Rep.ERR_POLICY, "this server is not set up for TLS")
+        if self._tls is Tls.ACTIVE:
+            raise OptionError(Rep.ERR_INVALID, "TLS is there already")
+        self._reply(Opt.STARTTLS, Rep.ACK)
+        self.phase = Phase.STARTTLS
+
+    def _structured_reply(self, data: bytes) -> None:
+        parse_nothing(data)
+        if self._extended:
+            raise OptionError(Rep.ERR_EXT_HEADER_REQD, "extended headers were negotiated, there is no way back")
+        self._structured = True
+        self._reply(Opt.STRUCTURED_REPLY, Rep.ACK)
+
+    def _info(self, option: Opt, data: bytes) -> None:
         request = parse_info(data)
-        export = self._open(request.name) if option == Opt.GO else self._find(request.name)
+        export = self._open(request.name, option) if option == Opt.GO else self._find(request.name, option)
         self._reply(option, Rep.INFO, INFO_EXPORT.pack(Info.EXPORT, export.size, self._flags(export)))
         if Info.NAME in request.items:
             self._reply(option, Rep.INFO, _typed(Info.NAME, export.name))
@@ -229,7 +307,7 @@ class Negotiation:
 
     def _list_meta_context(self, data: bytes) -> None:
         request = parse_meta(data)
-        available = self._find(request.name).contexts
+        available = self._find(request.name, Opt.LIST_META_CONTEXT).contexts
         # No query at all asks for everything.
         names = match_contexts(available, request.queries, wildcards=True) if request.queries else available
         for name in names:
@@ -240,41 +318,47 @@ class Negotiation:
         # The earlier set is replaced even if this fails.
         self._contexts_export, self._contexts = None, {}
         request = parse_meta(data)
-        if not self._structured:
-            raise OptionError(Rep.ERR_INVALID, "negotiate structured replies first")
-        export = self._find(request.name)
+        if not (self._structured or self._extended):
+            raise OptionError(Rep.ERR_INVALID, "negotiate structured replies or extended headers first")
+        export = self._find(request.name, Opt.SET_META_CONTEXT)
         names = match_contexts(export.contexts, request.queries, wildcards=False)
         self._contexts_export, self._contexts = export, dict(enumerate(names, start=1))
         for number, name in self._contexts.items():
             self._reply(Opt.SET_META_CONTEXT, Rep.META_CONTEXT, number.to_bytes(4, "big") + name.encode())
         self._reply(Opt.SET_META_CONTEXT, Rep.ACK)
 
-    def _find(self, name: str) -> ExportInfo:
+    def _find(self, name: str, option: Opt) -> ExportInfo:
         export = find_export(self._exports, name)
-        if not export:
-            raise OptionError(Rep.ERR_UNKNOWN, "there is no export of that name")
-        return export
+        if export and self._permit(export):
+            return export
+        if self._tls is Tls.OFFERED:
+            # No other option may be answered ERR_TLS_REQD. What does not exist is answered like what is hidden.
+            if option in (Opt.INFO, Opt.GO, Opt.EXPORT_NAME) and not all(map(self._permit, self._exports)):
+                raise OptionError(Rep.ERR_TLS_REQD, "the export needs TLS, or there is none of that name")
+        elif export:
+            raise OptionError(Rep.ERR_POLICY, "this client may not open the export")
+        raise OptionError(Rep.ERR_UNKNOWN, "there is no export of that name")
 
-    def _open(self, name: str) -> ExportInfo:
-        export = self._find(name)
+    def _open(self, name: str, option: Opt) -> ExportInfo:
+        export = self._find(name, option)
         refusal = self._admit(export)
         if refusal is not None:
             raise OptionError(Rep.ERR_POLICY, refusal)
         return export
 
     def _agree(self, export: ExportInfo) -> None:
-        contexts = self._contexts if self._contexts_export is export else {}
-        self.agreement = Agreement(export, structured=self._structured, contexts=contexts)
+        self.agreement = self._agreement(export)
         self.phase = Phase.TRANSMISSION
 
     def _flags(self, export: ExportInfo) -> int:
-        return transmission_flags(export, structured=self._structured)
+        return self._agreement(export).flags
+
+    def _agreement(self, export: ExportInfo) -> Agreement:
+        contexts = self._contexts if self._contexts_export is export else {}
+        return Agreement(export, structured=self._structured, extended=self._extended, contexts=contexts)
 
     def _reply(self, option: int, reply: Rep, data: bytes = b"") -> None:
         self._output += OPTION_REPLY.pack(REP_MAGIC, option, reply, len(data)) + data
-
-    def _reply_error(self, option: int, error: OptionError) -> None:
-        self._reply(option, error.reply, error.text.encode())
 
     def _take(self, length: int) -> bytes:
         taken = bytes(self._input[:length])

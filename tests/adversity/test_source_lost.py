@@ -6,9 +6,11 @@ import random
 import threading
 from typing import TYPE_CHECKING
 
+from tests.support.client import READ
 from tests.support.harness import Pair, make_image
 from tests.support.processes import wait_until
-from tests.support.qed import qemu_check, qemu_compare
+from tests.support.qed import content, qemu_check, qemu_compare
+from tests.support.workload import DiskModel, Workload, examine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,3 +143,44 @@ def test_a_source_that_refuses_is_asked_until_it_does_not(pair: Pair, seed: int)
         assert reading.waiting
         pair.faults.refusing = False
         assert reading.wait() == content_of(pair)[12 * MIB : 12 * MIB + 4096]
+
+
+def test_however_many_requests_wait_none_fails_when_the_source_goes(pair: Pair, seed: int) -> None:
+    make_image(pair.image, SIZE, random.Random(seed), [(0, SIZE)])
+    source = content_of(pair)
+    pair.start(rate=SLOW)
+    pair.faults.stall()
+    offsets = [2 * MIB + 65536 * number for number in range(200)]
+    with pair.guest() as guest, pair.guest() as other:
+        cookies = {guest.submit(READ, offset, 4096): offset for offset in offsets}
+        other.write(0, source[:65536])  # which is answered when the streamer has had time for those
+        pair.kill_source()
+        pair.start_source()
+        pair.faults.flow()
+        for _ in offsets:
+            reply = guest.receive()
+            offset = cookies[reply.cookie]
+            assert reply.error == 0, f"at {offset}"
+            assert reply.data == source[offset : offset + 4096]
+
+
+def test_a_guest_that_works_all_the_time_notices_no_cut(pair: Pair, seed: int) -> None:
+    rng = random.Random(seed)
+    make_image(pair.image, SIZE, rng, [(0, SIZE)])
+    model = DiskModel(content_of(pair))
+    pair.start(rate=MIB)
+    with Workload(pair.guest_socket, model, seed) as work:
+        for number in range(12):
+            work.wait_for(rng.randrange(100))
+            if number % 4 == 3:
+                pair.kill_source()
+                pair.start_source()
+            else:
+                pair.faults.cut()
+    assert not work.faults
+    assert not examine(pair.guest_socket, model)
+    pair.stop_streamer()
+    pair.start_streamer()
+    pair.wait_until_independent()
+    assert pair.stop_streamer()
+    assert content(pair.overlay) == model.contents()

@@ -10,6 +10,7 @@ A test gets one from the fixture ``pairs``; a conftest imports that from here.
 from __future__ import annotations
 
 import asyncio
+import glob
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import pytest
 import uvloop
 
+from nbdstream.block.qed.record import DIRECTORY
 from nbdstream.block.raw import RawImage
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
@@ -107,8 +109,11 @@ class CommandPair(Pair):
     source: Command | None = None
     streamer: Command | None = None
 
+    def tell(self, line: str) -> None:
+        """Take a line that one of the commands said; nobody is told here."""
+
     def start_source(self) -> None:
-        self.source = Command("serve", self.image, "-U", self.source_socket)
+        self.source = Command("serve", self.image, "-U", self.source_socket, tell=self.tell)
         self.source.wait_until_serving()
 
     def kill_source(self) -> None:
@@ -118,9 +123,8 @@ class CommandPair(Pair):
     def begin_streamer(self, *options: str, rate: int | None = None) -> Command:
         """Start the streamer and return at once."""
         limit = ["--rate", str(rate)] if rate else []
-        self.streamer = Command(
-            "stream", self.uri, self.overlay, "-U", self.guest_socket, "--progress", "json", *limit, *options
-        )
+        served = ["-U", self.guest_socket, "--progress", "json"]
+        self.streamer = Command("stream", self.uri, self.overlay, *served, *limit, *options, tell=self.tell)
         return self.streamer
 
     def start_streamer(self, *, rate: int | None = None) -> None:
@@ -145,7 +149,15 @@ class CommandPair(Pair):
         for command in (self.streamer, self.source):
             if command:
                 command.kill()
+        self._forget_record()
         super().close()
+
+    def _forget_record(self) -> None:
+        """Remove what a killed streamer left in memory: nobody will open this overlay again."""
+        if os.path.exists(self.overlay):
+            about = os.stat(self.overlay)
+            for record in glob.glob(f"{DIRECTORY}/nbdstream-*-{about.st_dev:x}-{about.st_ino:x}"):
+                os.unlink(record)
 
 
 class LocalPair(Pair):
@@ -253,8 +265,7 @@ def make_image(path: str, size: int, rng: random.Random, data: Sequence[tuple[in
         file.truncate(size)
         for offset, length in data:
             file.seek(offset)
-            for start in range(0, length, 1 << 20):
-                file.write(rng.randbytes(min(length - start, 1 << 20)))
+            file.writelines(rng.randbytes(min(length - start, 1 << 20)) for start in range(0, length, 1 << 20))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 NBDSTREAM = str(Path(sys.executable).with_name("nbdstream"))
 
@@ -54,7 +54,8 @@ def run(*command: str, status: int | None = 0, patience: float = PATIENCE_SECOND
 class Process:
     """A process in the background whose lines are kept. As a context manager, it is killed at the end."""
 
-    def __init__(self, *command: str) -> None:
+    def __init__(self, *command: str, tell: Callable[[str], object] = lambda _line: None) -> None:
+        """Start it. ``tell`` gets every line of stderr as well, in another thread."""
         self.command = command
         self.lines: list[str] = []
         """What it said on stderr."""
@@ -70,8 +71,11 @@ class Process:
         )
         self._said = threading.Condition()
         self._readers = [
-            threading.Thread(target=self._read, args=(self._process.stderr, self.lines.append), daemon=True),
-            threading.Thread(target=self._read, args=(self._process.stdout, self._read_progress), daemon=True),
+            threading.Thread(target=self._read, args=(stream, keep), daemon=True)
+            for stream, keep in [
+                (self._process.stderr, [self.lines.append, tell]),
+                (self._process.stdout, [self._read_progress]),
+            ]
         ]
         for reader in self._readers:
             reader.start()
@@ -151,10 +155,11 @@ class Process:
     def _reading(self) -> bool:
         return any(reader.is_alive() for reader in self._readers)
 
-    def _read(self, stream: IO[str], keep: Any) -> None:
+    def _read(self, stream: IO[str], takers: Sequence[Callable[[str], object]]) -> None:
         for line in stream:
             with self._said:
-                keep(line.rstrip())
+                for take in takers:
+                    take(line.rstrip())
                 self._said.notify_all()
         with self._said:
             self._said.notify_all()
@@ -174,8 +179,8 @@ class Process:
 class Command(Process):
     """An nbdstream command in the background."""
 
-    def __init__(self, *arguments: str) -> None:
-        super().__init__(NBDSTREAM, *arguments)
+    def __init__(self, *arguments: str, tell: Callable[[str], object] = lambda _line: None) -> None:
+        super().__init__(NBDSTREAM, *arguments, tell=tell)
 
     def wait_until_serving(self) -> str:
         """Wait until clients can connect, and return the NBD URI."""
@@ -193,7 +198,7 @@ def memory(pid: int, *fields: str) -> int:
     return sum(int(values[field].split()[0]) << 10 for field in fields)
 
 
-def wait_until(condition: Any, what: Sequence[object] | str) -> None:
+def wait_until(condition: Callable[[], object], what: str) -> None:
     """Ask again and again until ``condition()`` holds. ``what`` tells what was waited for."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():

@@ -231,7 +231,7 @@ class Epochs:
         await self._worker.run(self._tables.link, tables, queue)
         self._tables.linked(tables, queue)
         unlinked = self.unlinked
-        for cluster, entry in queue:
+        for cluster, entry in dict(queue).items():  # the last link of each cluster is what the file has now
             if unlinked.get(cluster) == entry:
                 del unlinked[cluster]
                 self.noted.discard(cluster)

@@ -31,7 +31,10 @@ class Guard(Protocol):
 
 
 async def tidy(image: QedImage, guard: Guard) -> None:
-    """Fill or cut off every free cluster of the file. Raises OSError."""
+    """Fill or cut off every free cluster of the file. Raises OSError.
+
+    No cluster of the disk may be remote any more: what is unallocated is taken to read as zero.
+    """
     for _ in range(_ROUNDS):
         await image.settle()
         free = sum(length for _, length in image.free_runs)

@@ -1,0 +1,111 @@
+"""The options for what clients may cost the server, one for each field of Limits. docs/limits.md has the reasons."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, NamedTuple
+
+from nbdstream.cli import arguments
+from nbdstream.server.limits import Limits
+from nbdstream.units import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class LimitOption(NamedTuple):
+    """An option and the field of Limits that it sets."""
+
+    name: str
+    field: str
+    read: Callable[[str], int | float]
+    metavar: str
+    meaning: str
+
+
+def seconds(text: str) -> float:
+    """Parse a time from a tenth of a second to a day."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 86400:  # also False for a NaN
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 86400")
+    return value
+
+
+def size_from(least: int) -> Callable[[str], int]:
+    """Return a parser for sizes of at least so many bytes."""
+
+    def parse(text: str) -> int:
+        value = arguments.size(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is less than {least} bytes")
+        return value
+
+    return parse
+
+
+LIMIT_OPTIONS = (
+    LimitOption(
+        "--handshake-timeout",
+        "handshake_time",
+        seconds,
+        "SECONDS",
+        "drop a client that has not opened an export by then, TLS included",
+    ),
+    LimitOption("--max-connections", "connections", arguments.count(1, 100_000), "N", "connections in all"),
+    LimitOption(
+        "--max-handshakes",
+        "handshakes",
+        arguments.count(1, 100_000),
+        "N",
+        "connections that have not opened an export yet",
+    ),
+    LimitOption(
+        "--max-requests", "requests_in_flight", arguments.count(1, 65536), "N", "requests in flight per connection"
+    ),
+    LimitOption(
+        "--max-bytes-in-flight",
+        "bytes_in_flight",
+        size_from(1 << 20),
+        "BYTES",
+        "payload of requests in flight per connection",
+    ),
+    LimitOption(
+        "--max-reply-backlog",
+        "reply_backlog",
+        size_from(64 << 10),
+        "BYTES",
+        "replies per connection that its client has not taken yet",
+    ),
+    LimitOption(
+        "--linger-timeout",
+        "linger_time",
+        seconds,
+        "SECONDS",
+        "at its end, cut off a client that has not taken its last replies by then",
+    ),
+)
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add an option for every limit."""
+    group = parser.add_argument_group("limits", "what clients may cost; docs/limits.md has the reasons")
+    defaults = Limits()
+    for option in LIMIT_OPTIONS:
+        default = getattr(defaults, option.field)
+        shown = format_size(default) if option.metavar == "BYTES" else f"{default:g}"
+        group.add_argument(
+            option.name,
+            dest=option.field,
+            type=option.read,
+            default=default,
+            metavar=option.metavar,
+            help=f"{option.meaning} (default: {shown})",
+        )
+
+
+def limits(options: argparse.Namespace) -> Limits:
+    """Return the limits that the command line asks for."""
+    return Limits(**{option.field: getattr(options, option.field) for option in LIMIT_OPTIONS})

@@ -1,0 +1,63 @@
+"""A server that is attacked while a well-behaved client works on, and what has to be true of it afterwards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.attacked import DISK_BYTES, WITNESS_BYTES, Attacked
+from tests.support.processes import Process
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+SLOWEST_SECONDS = 1.0
+"""What the slowest request of the well-behaved client may take, on a machine that others use as well."""
+
+
+@pytest.fixture
+def limits() -> dict[str, Any]:
+    """The server's limits, where they are not its defaults: for a test to parametrize."""
+    return {}
+
+
+@pytest.fixture
+def directory() -> Iterator[str]:
+    """A directory with a short name, as unix sockets need it."""
+    path = tempfile.mkdtemp(prefix="nbdstream-")
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+async def attacked(directory: str, limits: dict[str, Any]) -> AsyncIterator[Attacked]:
+    """A server with a well-behaved client, which has to be served well for as long as the test takes."""
+    path = f"{directory}/socket"
+    arguments = "tests.support.attacked_server", path, directory, json.dumps(limits)
+    with Process(sys.executable, "-m", *arguments) as server:
+        server.wait_for("serving")
+        attacked = Attacked(path, server)
+        own = str(DISK_BYTES), str(WITNESS_BYTES)
+        with Process(sys.executable, "-m", "tests.support.witness", path, *own) as witness:
+            witness.wait_for("at work")
+            attacked.descriptors = attacked.count_descriptors()
+            yield attacked
+            for client in attacked.clients:
+                client.writer.transport.abort()
+            await attacked.quiet()
+            assert witness.stop() == 0, str(witness)
+        said = witness.progress[-1]
+        text = "the well-behaved client: {requests} requests, median {median:.6f} s, slowest {slowest:.6f} s"
+        print(text.format(**said))
+        assert said["slowest"] < SLOWEST_SECONDS
+        began = time.monotonic()
+        assert server.stop(signal.SIGTERM) == 0, str(server)
+        assert time.monotonic() - began < 30
+        assert not [line for line in server.lines if "Traceback" in line or "Error" in line], str(server)

@@ -1,0 +1,334 @@
+"""A disk for its whole life: made, resumed, independent; and whatever is refused leaves everything as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from nbdstream.block.qed.opening import create_file, read_header
+from nbdstream.block.remote.export import RemoteExport
+from nbdstream.errors import ImageError, ImageLockedError, ListenError, NbdstreamError, SourceError, WrongSourceError
+from nbdstream.stream import source as source_module
+from nbdstream.stream.disk import DiskStream, check_origin, create_overlay
+from nbdstream.uri import NbdUri
+from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, some_bytes
+from tests.support import qed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "overlay.qed")
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "_FIRST_PAUSE_SECONDS", 0.01)
+
+
+async def stream_all(uri: str, path: str) -> DiskStream:
+    async with await DiskStream.start(uri, path) as disk:
+        await disk.wait()
+        assert disk.independent
+    return disk
+
+
+async def stop_on_the_way(server: SourceServer, path: str, clusters: int = 10) -> None:
+    """Leave an overlay behind that has some clusters."""
+    disk = await DiskStream.start(server.uri, path, rate=1)
+    try:
+        for cluster in range(clusters):
+            await disk.overlay.read(cluster * CLUSTER, 1)
+    finally:
+        await disk.close()
+
+
+def is_sound(path: str, content: bytes | bytearray) -> bool:
+    return (
+        qed.qemu_check(path).status == 0
+        and "backing-filename" not in qed.qemu_info(path)
+        and qed.content(path) == content
+    )
+
+
+# The life of a disk.
+
+
+async def test_an_overlay_is_made_and_becomes_independent(server: SourceServer, disk: SourceDisk, path: str) -> None:
+    stream = await stream_all(server.uri, path)
+    assert stream.progress.fetched == disk.size
+    assert is_sound(path, disk.data)
+
+
+async def test_on_the_way_qemu_sees_an_overlay_of_the_source(server: SourceServer, path: str) -> None:
+    await stop_on_the_way(server, path)
+    info = qed.qemu_info(path)
+    assert NbdUri.parse(info["backing-filename"]).same_source(NbdUri.parse(server.uri))
+    assert qed.qemu_check(path).status == 0
+
+
+async def test_a_resumed_overlay_does_not_fetch_again_what_it_has(
+    server: SourceServer, disk: SourceDisk, path: str
+) -> None:
+    await stop_on_the_way(server, path, clusters=10)
+    local = qed.qemu_check(path).allocated_clusters
+    assert local >= 10
+    disk.reads.clear()
+    stream = await stream_all(server.uri, path)
+    assert stream.progress.fetched == disk.size - local * CLUSTER
+    assert is_sound(path, disk.data)
+
+
+async def test_what_was_written_before_a_stop_is_there_after_resuming(
+    server: SourceServer, disk: SourceDisk, path: str
+) -> None:
+    stream = await DiskStream.start(server.uri, path, rate=1)
+    await stream.overlay.write(39 * CLUSTER + 5, b"here")
+    await stream.close()
+    await stream_all(server.uri, path)
+    disk.data[39 * CLUSTER + 5 : 39 * CLUSTER + 9] = b"here"
+    assert is_sound(path, disk.data)
+
+
+async def test_an_independent_overlay_is_served_without_its_source(
+    server: SourceServer, disk: SourceDisk, path: str, directory: str
+) -> None:
+    await stream_all(server.uri, path)
+    await server.stop()
+    async with await DiskStream.start(server.uri, path, socket=f"{directory}/guest") as stream:
+        assert stream.independent
+        await stream.wait()
+        assert stream.progress == (disk.size, disk.size, 0.0, 0, 0)
+        guest = await RemoteExport.connect(stream.uris[0])
+        assert b"".join(await guest.read(0, disk.size)) == disk.data
+        await guest.close()
+
+
+async def test_the_guest_is_served_before_anything_is_fetched(
+    server: SourceServer, disk: SourceDisk, path: str, directory: str
+) -> None:
+    disk.gate.clear()
+    async with await DiskStream.start(server.uri, path, socket=f"{directory}/guest") as stream:
+        assert os.stat(f"{directory}/guest").st_mode & 0o777 == 0o600
+        guest = await RemoteExport.connect(stream.uris[0])
+        reading = asyncio.create_task(guest.read(5 * CLUSTER, 100))
+        await disk.asked.wait()
+        disk.gate.set()
+        assert b"".join(await reading) == disk.data[5 * CLUSTER : 5 * CLUSTER + 100]
+        await stream.wait()
+        assert b"".join(await guest.read(0, disk.size)) == disk.data
+        await guest.close()
+    assert not os.path.exists(f"{directory}/guest")
+    assert is_sound(path, disk.data)
+
+
+async def test_a_size_that_is_no_multiple_of_512_is_rounded_up_and_remembered(server: SourceServer, path: str) -> None:
+    await server.stop()
+    server.disk = SourceDisk(some_bytes(CLUSTER + 700))
+    await server.start()
+    await stop_on_the_way(server, path, clusters=1)
+    assert qed.qemu_info(path)["virtual-size"] == CLUSTER + 1024
+    extension = read_header(path)[1]
+    assert extension is not None
+    assert extension.origin_size == CLUSTER + 700
+    await stream_all(server.uri, path)
+    assert is_sound(path, server.disk.data + bytes(324))
+
+
+async def test_an_empty_source_is_independent_at_once(server: SourceServer, path: str) -> None:
+    await server.stop()
+    server.disk = SourceDisk(b"")
+    await server.start()
+    stream = await stream_all(server.uri, path)
+    assert stream.progress[:2] == (0, 0)
+    assert qed.qemu_info(path)["virtual-size"] == 0
+    assert "backing-filename" not in qed.qemu_info(path)
+
+
+async def test_a_resume_with_a_socket_serves_what_is_local_and_waits_for_the_source(
+    server: SourceServer, disk: SourceDisk, path: str, directory: str
+) -> None:
+    await stop_on_the_way(server, path, clusters=10)
+    await server.stop()
+    async with await DiskStream.start(server.uri, path, socket=f"{directory}/guest") as stream:
+        guest = await RemoteExport.connect(stream.uris[0])
+        assert b"".join(await guest.read(0, 100)) == disk.data[:100]
+        waiting = asyncio.create_task(guest.read(39 * CLUSTER, 100))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await server.start()
+        assert b"".join(await waiting) == disk.data[39 * CLUSTER : 39 * CLUSTER + 100]
+        await stream.wait()
+        await guest.close()
+    assert is_sound(path, disk.data)
+
+
+async def test_with_its_source_away_a_disk_can_be_closed(
+    server: SourceServer, disk: SourceDisk, path: str, directory: str
+) -> None:
+    await stop_on_the_way(server, path)
+    await server.stop()
+    stream = await DiskStream.start(server.uri, path, socket=f"{directory}/guest")
+    guest = await RemoteExport.connect(stream.uris[0])
+    waiting = asyncio.create_task(guest.read(39 * CLUSTER, 100))
+    await asyncio.sleep(0.01)
+    await stream.close()
+    with pytest.raises(OSError, match="."):
+        await waiting
+    await guest.close()
+    assert qed.qemu_check(path).corruptions == 0
+
+
+async def test_whoever_waits_hears_that_streaming_failed(
+    server: SourceServer, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = await DiskStream.start(server.uri, path)
+
+    def failing(_fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", failing)
+        with pytest.raises(NbdstreamError, match="streaming failed") as error:
+            await stream.wait()
+    assert path in str(error.value)
+    await stream.close()
+
+
+# What is refused.
+
+
+async def refused(uri: str, path: str, error: type[NbdstreamError], match: str, *, socket: str | None = None) -> None:
+    """Nothing is made, changed, or kept open."""
+    existed = os.path.lexists(path)
+    before = qed_bytes(path) if existed else b""
+    fds = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(error, match=match) as raised:
+        await DiskStream.start(uri, path, socket=socket)
+    assert "\n" not in str(raised.value)
+    assert os.path.lexists(path) == existed
+    if existed:
+        assert qed_bytes(path) == before
+    while len(os.listdir("/proc/self/fd")) > fds:  # the thread of a source that was tried ends by and by
+        await asyncio.sleep(0.001)
+
+
+def qed_bytes(path: str) -> bytes:
+    if not os.path.isfile(path):
+        return b""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+async def test_a_source_that_is_not_there_makes_no_overlay(directory: str, path: str) -> None:
+    uri = f"nbd+unix:///?socket={directory}/nobody"
+    await refused(uri, path, SourceError, "nobody")
+    await refused(uri, path, SourceError, "nobody", socket=f"{directory}/guest")
+    assert not os.path.exists(f"{directory}/guest")
+
+
+async def test_without_a_socket_a_resume_needs_its_source(server: SourceServer, path: str) -> None:
+    await stop_on_the_way(server, path)
+    await server.stop()
+    await refused(server.uri, path, SourceError, "connect")
+
+
+@pytest.mark.parametrize("uri", ["nbd+unix:///", "http://host/disk", "/disk.raw", "nbd://host:port/"])
+async def test_what_is_no_nbd_uri_is_refused(path: str, uri: str) -> None:
+    await refused(uri, path, SourceError, ".")
+
+
+@pytest.mark.parametrize("socket", [None, "guest"])
+async def test_a_source_of_another_size_is_refused(
+    server: SourceServer, path: str, directory: str, socket: str | None
+) -> None:
+    await stop_on_the_way(server, path)
+    await server.stop()
+    server.disk = SourceDisk(some_bytes(41 * CLUSTER))
+    await server.start()
+    await refused(server.uri, path, WrongSourceError, "another disk", socket=socket and f"{directory}/{socket}")
+
+
+async def test_an_overlay_of_another_source_is_refused(server: SourceServer, path: str) -> None:
+    create_file(path, 40 * CLUSTER, cluster_size=CLUSTER, table_size=4, backing_name="nbd://elsewhere/disk")
+    await refused(server.uri, path, ImageError, "nbd://elsewhere/disk")
+
+
+async def test_an_image_that_was_independent_of_another_source_is_refused(server: SourceServer, path: str) -> None:
+    await stream_all(server.uri, path)
+    await refused("nbd://elsewhere/disk", path, ImageError, "elsewhere")
+
+
+async def test_an_image_that_never_was_an_overlay_is_refused(server: SourceServer, path: str) -> None:
+    qed.create(path, 40 * CLUSTER)
+    await refused(server.uri, path, ImageError, "remembers none")
+
+
+async def test_a_file_that_is_no_qed_image_is_refused(server: SourceServer, path: str) -> None:
+    with open(path, "wb") as file:
+        file.write(bytes(1 << 20))
+    await refused(server.uri, path, ImageError, "not a QED image")
+
+
+async def test_a_directory_and_a_dangling_link_are_refused(server: SourceServer, path: str, tmp_path: Path) -> None:
+    await refused(server.uri, str(tmp_path), ImageError, "directory")
+    os.symlink("nowhere", path)
+    await refused(server.uri, path, ImageError, "No such file")
+
+
+async def test_a_directory_that_does_not_exist_is_refused(server: SourceServer, tmp_path: Path) -> None:
+    await refused(server.uri, str(tmp_path / "missing" / "overlay"), ImageError, "No such file")
+
+
+async def test_an_overlay_that_somebody_has_open_is_refused(server: SourceServer, path: str) -> None:
+    async with await DiskStream.start(server.uri, path, rate=1):
+        with pytest.raises(ImageLockedError, match=path):
+            await DiskStream.start(server.uri, path)
+
+
+async def test_a_socket_that_cannot_be_had_makes_no_overlay(server: SourceServer, path: str, directory: str) -> None:
+    await refused(server.uri, path, ListenError, ".", socket=server.path)
+    await refused(server.uri, path, ListenError, ".", socket=f"{directory}/missing/guest")
+
+
+async def test_a_full_disk_makes_no_overlay(server: SourceServer, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    await refused(server.uri, path, ImageError, "No space left")
+
+
+# Making alone.
+
+
+async def test_an_overlay_made_alone_is_one_that_can_be_streamed(
+    server: SourceServer, disk: SourceDisk, path: str
+) -> None:
+    await create_overlay(server.uri, path, cluster_size=4096, table_size=16)
+    info = qed.qemu_info(path)
+    assert (info["virtual-size"], info["cluster-size"]) == (disk.size, 4096)
+    assert disk.reads == []
+    await stream_all(server.uri, path)
+    assert is_sound(path, disk.data)
+
+
+async def test_credentials_are_not_written_into_the_image(server: SourceServer, path: str) -> None:
+    await stop_on_the_way(server, path)
+    with open(path, "rb") as file:
+        head = file.read(CLUSTER)
+    assert b"socket=" in head
+    assert os.path.isabs(NbdUri.parse(qed.qemu_info(path)["backing-filename"]).socket or "")
+
+
+async def test_the_origin_is_compared_as_a_source_and_not_as_a_text(path: str) -> None:
+    create_file(path, CLUSTER, cluster_size=CLUSTER, table_size=4, backing_name="nbd://host/disk")
+    check_origin(path, NbdUri.parse("nbd://host:10809/disk"))
+    with pytest.raises(ImageError, match="nbd://host/disk"):
+        check_origin(path, NbdUri.parse("nbd://host/other"))

@@ -1,0 +1,245 @@
+"""Fetches: each cluster once, whoever asks; never over what the guest wrote; and what cannot be kept passes through."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import TYPE_CHECKING
+
+import pytest
+
+from nbdstream.block.qed.tables import UNALLOCATED, ZERO
+from nbdstream.block.remote import commands
+from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, Streamed, some_bytes, streamed
+from tests.support import qed
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+
+@pytest.fixture
+async def stream(server: SourceServer, tmp_path: Path) -> AsyncIterator[Streamed]:
+    async with streamed(server, tmp_path / "overlay") as stream:
+        yield stream
+
+
+def cluster_of(disk: SourceDisk, cluster: int) -> bytes:
+    return bytes(disk.data[cluster * CLUSTER : (cluster + 1) * CLUSTER])
+
+
+async def asked(disk: SourceDisk, times: int = 1) -> None:
+    """Wait until the source was asked so many times."""
+    while len(disk.reads) < times:
+        await asyncio.sleep(0.001)
+
+
+async def finish(stream: Streamed, first: int, most: int) -> OSError | None:
+    """Fetch as the hydrator does, and wait for the end."""
+    ended: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
+    stream.fetches.on_finished = ended.set_result
+    stream.fetches.begin(first, most)
+    return await ended
+
+
+async def test_what_a_guest_reads_is_kept(stream: Streamed, disk: SourceDisk) -> None:
+    assert await stream.read(CLUSTER + 5, 100) == disk.data[CLUSTER + 5 : CLUSTER + 105]
+    assert not stream.is_remote(1)
+    assert await stream.read(CLUSTER, CLUSTER) == cluster_of(disk, 1)
+    assert disk.reads == [(CLUSTER, CLUSTER)]
+    assert stream.fetches.bytes_fetched == CLUSTER
+
+
+async def test_readers_of_one_cluster_share_a_fetch(stream: Streamed, disk: SourceDisk) -> None:
+    disk.gate.clear()
+    readers = [asyncio.create_task(stream.read(3 * CLUSTER + n, 10)) for n in range(10)]
+    await asked(disk)
+    readers += [asyncio.create_task(stream.read(3 * CLUSTER + n, 10)) for n in range(10, 20)]
+    await asyncio.sleep(0.01)
+    disk.gate.set()
+    assert await asyncio.gather(*readers) == [disk.data[3 * CLUSTER + n : 3 * CLUSTER + n + 10] for n in range(20)]
+    assert disk.times_read(3) == 1
+
+
+async def test_a_reader_joins_what_is_fetched_in_the_background(stream: Streamed, disk: SourceDisk) -> None:
+    disk.gate.clear()
+    stream.fetches.begin(0, 4)
+    reader = asyncio.create_task(stream.read(2 * CLUSTER, CLUSTER))
+    await asked(disk)
+    disk.gate.set()
+    assert await reader == cluster_of(disk, 2)
+    assert disk.times_read(2) == 1
+
+
+async def test_a_read_of_local_and_remote_clusters_fetches_the_remote_ones_alone(
+    stream: Streamed, disk: SourceDisk
+) -> None:
+    await finish(stream, 2, 2)
+    disk.reads.clear()
+    assert await stream.read(0, 6 * CLUSTER) == disk.data[: 6 * CLUSTER]
+    assert sorted(disk.reads) == [(0, 2 * CLUSTER), (4 * CLUSTER, 2 * CLUSTER)]
+
+
+async def test_a_fetch_ends_in_front_of_what_is_local_or_in_flight_and_after_a_megabyte(
+    stream: Streamed, disk: SourceDisk
+) -> None:
+    await stream.read(5 * CLUSTER, 1)
+    disk.gate.clear()
+    assert stream.fetches.begin(8, 2).behind == 10
+    assert stream.fetches.begin(2, 100).behind == 5
+    assert stream.fetches.begin(6, 100).behind == 8
+    assert stream.fetches.begin(10, 100).behind == 26
+    assert stream.fetches.is_in_flight(25)
+    assert not stream.fetches.is_in_flight(26)
+    assert stream.fetches.bytes_in_flight == 23 * CLUSTER
+
+
+async def test_what_the_guest_wrote_during_a_fetch_wins(stream: Streamed, disk: SourceDisk) -> None:
+    disk.gate.clear()
+    reader = asyncio.create_task(stream.read(0, 10))
+    await asked(disk)
+    await stream.overlay.write(0, b"\x99" * CLUSTER)
+    disk.gate.set()
+    await reader
+    assert await stream.read(0, CLUSTER) == b"\x99" * CLUSTER
+    await stream.image.settle()
+    assert stream.image.end - sum(length for _, length in stream.image.free_runs) == (1 + 4 + 4 + 1) * CLUSTER
+
+
+async def test_a_discard_during_a_fetch_wins(stream: Streamed, disk: SourceDisk) -> None:
+    disk.gate.clear()
+    reader = asyncio.create_task(stream.read(0, 10))
+    await asked(disk)
+    await stream.overlay.discard(0, CLUSTER)
+    disk.gate.set()
+    await reader
+    assert await stream.read(0, CLUSTER) == bytes(CLUSTER)
+
+
+async def test_a_write_that_begins_before_and_ends_after_a_fetch_wins(stream: Streamed, disk: SourceDisk) -> None:
+    disk.gate.clear()
+    reader = asyncio.create_task(stream.read(0, 10))
+    await asked(disk)
+    disk.gate.set()
+    writes = [asyncio.create_task(stream.overlay.write(0, bytes([n]) * CLUSTER)) for n in (1, 2, 3)]
+    await asyncio.gather(reader, *writes)
+    assert await stream.read(0, CLUSTER) == b"\x03" * CLUSTER
+
+
+async def test_a_partial_write_keeps_what_the_source_has_around_it(stream: Streamed, disk: SourceDisk) -> None:
+    disk.gate.clear()
+    writes = [asyncio.create_task(stream.overlay.write(CLUSTER + 100 * n, b"new")) for n in range(5)]
+    await asked(disk)
+    disk.gate.set()
+    await asyncio.gather(*writes)
+    expected = bytearray(cluster_of(disk, 1))
+    for n in range(5):
+        expected[100 * n : 100 * n + 3] = b"new"
+    assert await stream.read(CLUSTER, CLUSTER) == expected
+    assert disk.times_read(1) == 1
+
+
+async def test_zeroes_that_are_fetched_become_zero_clusters(stream: Streamed, disk: SourceDisk) -> None:
+    disk.data[CLUSTER : 3 * CLUSTER] = bytes(2 * CLUSTER)
+    assert await finish(stream, 0, 4) is None
+    assert await stream.image.entry(0) > ZERO
+    assert [await stream.image.entry(cluster) for cluster in (1, 2)] == [ZERO, ZERO]
+    assert await stream.image.entry(3) > ZERO
+    assert await stream.read(0, 4 * CLUSTER) == disk.data[: 4 * CLUSTER]
+    assert stream.image.free_runs == [(await stream.image.entry(0) + CLUSTER, 2 * CLUSTER)]
+
+
+async def test_a_last_cluster_that_the_source_does_not_fill_is_whole_in_the_file(
+    server: SourceServer, tmp_path: Path
+) -> None:
+    await server.stop()
+    server.disk = SourceDisk(some_bytes(2 * CLUSTER + 1000))
+    await server.start()
+    path = tmp_path / "partial"
+    async with streamed(server, path) as stream:
+        assert await stream.read(2 * CLUSTER, 1024) == server.disk.data[2 * CLUSTER :] + bytes(24)
+        await stream.image.linked()
+        assert path.stat().st_size % CLUSTER == 0
+        assert await stream.read(2 * CLUSTER, 1024) == server.disk.data[2 * CLUSTER :] + bytes(24)
+    assert qed.qemu_check(str(path)).status == 0
+
+
+async def test_a_last_cluster_is_told_of_when_the_image_has_failed(
+    server: SourceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await server.stop()
+    server.disk = SourceDisk(some_bytes(CLUSTER + 1000))
+    await server.start()
+    async with streamed(server, tmp_path / "partial") as stream:
+        monkeypatch.setattr(stream.image._epochs, "failed", OSError(errno.EIO, "no barrier"))
+        async with asyncio.timeout(5):
+            with pytest.raises(OSError, match="."):
+                await stream.read(CLUSTER, 512)
+        monkeypatch.undo()
+
+
+async def test_an_error_of_the_source_is_the_readers_and_leaves_the_cluster_remote(
+    stream: Streamed, disk: SourceDisk
+) -> None:
+    end = stream.image.end
+    disk.error = OSError(errno.EIO, "a bad sector")
+    for request in (stream.read(0, 10), stream.overlay.write(0, b"new")):
+        with pytest.raises(OSError, match=".") as error:
+            await request
+        assert error.value.errno == errno.EIO
+    assert stream.is_remote(0)
+    assert await stream.image.entry(0) == UNALLOCATED
+    await stream.image.settle()
+    assert (stream.image.end, stream.image.free_runs) == (end, [])
+    disk.error = None
+    assert await stream.read(0, 10) == disk.data[:10]
+
+
+async def test_on_a_full_disk_reads_pass_through_and_are_not_kept(
+    stream: Streamed, disk: SourceDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "pwrite_all", full)
+        assert await stream.read(CLUSTER, 100) == disk.data[CLUSTER : CLUSTER + 100]
+        assert stream.is_remote(1)
+        assert await finish(stream, 5, 1) is not None
+    assert await stream.read(CLUSTER, 100) == disk.data[CLUSTER : CLUSTER + 100]
+    assert not stream.is_remote(1)
+
+
+async def test_while_the_source_is_away_what_is_local_is_read_and_written_and_the_rest_waits(
+    stream: Streamed, server: SourceServer, disk: SourceDisk
+) -> None:
+    await stream.read(0, 10)
+    await server.stop()
+    while stream.source.connected:
+        await asyncio.sleep(0.001)
+    remote = asyncio.create_task(stream.read(CLUSTER, 10))
+    partial = asyncio.create_task(stream.overlay.write(2 * CLUSTER + 10, b"new"))
+    await stream.overlay.write(3 * CLUSTER, b"\x33" * CLUSTER)
+    await stream.overlay.write(5, b"here")
+    await stream.overlay.flush()
+    assert await stream.read(5, 4) == b"here"
+    assert await stream.read(3 * CLUSTER, 4) == b"\x33" * 4
+    assert not remote.done()
+    assert not partial.done()
+    await server.start()
+    assert await remote == disk.data[CLUSTER : CLUSTER + 10]
+    await partial
+    assert await stream.read(2 * CLUSTER + 9, 5) == disk.data[2 * CLUSTER + 9 : 2 * CLUSTER + 10] + b"new" + bytes(
+        disk.data[2 * CLUSTER + 13 : 2 * CLUSTER + 14]
+    )
+
+
+async def test_a_cluster_found_to_be_zero_while_it_is_fetched_is_not_stored(stream: Streamed, disk: SourceDisk) -> None:
+    disk.data[:CLUSTER] = bytes(CLUSTER)
+    disk.gate.clear()
+    reader = asyncio.create_task(stream.read(0, 10))
+    await asked(disk)
+    stream.overlay.reads_zero(0, 1)
+    disk.gate.set()
+    assert await reader == bytes(10)
+    assert await stream.image.entry(0) == UNALLOCATED

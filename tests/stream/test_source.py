@@ -1,0 +1,257 @@
+"""The source: requests are held while it is away and made again when it is back; it must be the one it was."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from nbdstream.errors import SourceError
+from nbdstream.extents import ExtentFlags
+from nbdstream.stream import source as source_module
+from nbdstream.stream.source import Source, round_up
+from nbdstream.uri import NbdUri
+from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, some_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(source_module, "_LONGEST_PAUSE_SECONDS", 0.02)
+
+
+@pytest.fixture
+async def source(server: SourceServer) -> AsyncIterator[Source]:
+    source = server.source()
+    await source.connect()
+    yield source
+    server.disk.gate.set()
+    await source.close()
+
+
+async def read(source: Source, offset: int, length: int) -> bytes:
+    return b"".join(map(bytes, await source.read(offset, length)))
+
+
+async def lost(source: Source) -> None:
+    while source.connected:
+        await asyncio.sleep(0.001)
+
+
+class Copied:
+    """A copy, waited for."""
+
+    def __init__(self, source: Source, fd: int, offset: int, length: int) -> None:
+        self.answer: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        source.copy_soon(offset, length, fd, 0, self._done, zero_unit=CLUSTER, urgent=False)
+
+    def _done(self, zero: int | None, error: OSError | None) -> None:
+        if error:
+            self.answer.set_exception(error)
+        else:
+            self.answer.set_result(zero)
+
+
+async def test_what_the_source_has_is_read(source: Source, disk: SourceDisk) -> None:
+    assert source.size == disk.size
+    assert await read(source, 1000, 5000) == disk.data[1000:6000]
+
+
+async def test_a_source_that_is_not_there_is_an_error_that_names_it(directory: str) -> None:
+    source = Source(NbdUri.parse(f"nbd+unix:///?socket={directory}/nobody"))
+    with pytest.raises(SourceError, match="nobody"):
+        await source.connect()
+    await source.close()
+
+
+async def test_what_is_asked_before_the_source_is_there_waits_for_it(server: SourceServer, disk: SourceDisk) -> None:
+    await server.stop()
+    source = server.source()
+    source.expect(disk.size)
+    source.connect_later("not yet")
+    reading = asyncio.create_task(read(source, 0, 100))
+    asking = asyncio.create_task(source.extents(0, disk.size))
+    await asyncio.sleep(0.01)
+    assert not reading.done()
+    await server.start()
+    assert await reading == disk.data[:100]
+    assert [extent.flags for extent in await asking] == [ExtentFlags.DATA]
+    await source.close()
+
+
+async def test_what_was_in_flight_when_the_source_went_is_answered_when_it_is_back(
+    server: SourceServer, source: Source, disk: SourceDisk, tmp_path: Path
+) -> None:
+    disk.gate.clear()
+    fd = os.open(tmp_path / "copy", os.O_RDWR | os.O_CREAT)
+    reading = asyncio.create_task(read(source, 0, 100))
+    copying = Copied(source, fd, CLUSTER, 2 * CLUSTER)
+    while len(disk.reads) < 2:
+        await asyncio.sleep(0.001)
+    await server.stop()
+    await lost(source)
+    later = asyncio.create_task(read(source, 200, 100))
+    disk.gate.set()
+    await asyncio.sleep(0.01)
+    assert not reading.done()
+    await server.start()
+    assert await reading == disk.data[:100]
+    assert await later == disk.data[200:300]
+    assert await copying.answer == 0
+    assert os.pread(fd, 1 << 20, 0) == disk.data[CLUSTER : 3 * CLUSTER]
+    os.close(fd)
+
+
+async def test_a_source_that_goes_often_loses_no_request(server: SourceServer, source: Source, disk: SourceDisk) -> None:
+    answers: list[int] = []
+
+    async def reader(number: int) -> None:
+        for turn in range(30):
+            offset = (number * 30 + turn) * 512
+            assert await read(source, offset, 512) == disk.data[offset : offset + 512]
+            answers.append(offset)
+
+    readers = [asyncio.create_task(reader(number)) for number in range(8)]
+    while not all(task.done() for task in readers):
+        await server.stop()
+        await server.start()
+        goal = min(len(answers) + 20, 8 * 30)
+        while len(answers) < goal and not all(task.done() for task in readers):
+            await asyncio.sleep(0.001)
+    await asyncio.gather(*readers)
+    assert len(answers) == 8 * 30
+
+
+async def test_it_tells_that_it_is_lost_and_that_it_is_back(server: SourceServer, source: Source) -> None:
+    seen: list[bool] = []
+    source.on_change = lambda: seen.append(source.connected)
+    await server.stop()
+    await lost(source)
+    assert source.lost_since is not None
+    assert source.lost_because
+    with pytest.raises(SourceError):
+        _ = source.export
+    await server.start()
+    await source.present()
+    assert source.lost_since is None
+    assert seen == [False, True]
+
+
+async def test_pauses_between_attempts_grow_up_to_a_limit(
+    server: SourceServer, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "_FIRST_PAUSE_SECONDS", 1.0)
+    monkeypatch.setattr(source_module, "_LONGEST_PAUSE_SECONDS", 10.0)
+    monkeypatch.setattr(source_module.random, "uniform", lambda _low, high: high)
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def at_once(seconds: float) -> None:
+        if seconds >= 1.0:
+            pauses.append(seconds)
+        await sleep(0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "sleep", at_once)
+        await server.stop()
+        while len(pauses) < 7:
+            await sleep(0.001)
+    assert pauses[:7] == [1.0, 2.0, 4.0, 8.0, 10.0, 10.0, 10.0]
+
+
+async def test_another_disk_in_its_place_is_not_taken_and_the_right_one_is_waited_for(
+    server: SourceServer, source: Source, disk: SourceDisk
+) -> None:
+    await server.stop()
+    server.disk = SourceDisk(bytes(disk.size + 512))
+    await server.start()
+    reading = asyncio.create_task(read(source, 0, 100))
+    while "another disk" not in source.lost_because:
+        await asyncio.sleep(0.001)
+    assert not source.connected
+    assert not reading.done()
+    await server.stop()
+    server.disk = disk
+    await server.start()
+    assert await reading == disk.data[:100]
+
+
+async def test_sizes_are_compared_as_qemu_does(server: SourceServer) -> None:
+    await server.stop()
+    server.disk = SourceDisk(some_bytes(1000))
+    await server.start()
+    for expected in (1000, 1024, 513):
+        source = server.source()
+        source.expect(expected)
+        await source.connect()
+        assert source.size == 1000
+        await source.close()
+    for expected in (512, 1025):
+        source = server.source()
+        source.expect(expected)
+        with pytest.raises(SourceError, match="another disk"):
+            await source.connect()
+        await source.close()
+    assert [round_up(size) for size in (0, 1, 512, 513)] == [0, 512, 512, 1024]
+
+
+async def test_an_error_of_the_server_is_passed_on(source: Source, disk: SourceDisk) -> None:
+    disk.error = OSError(errno.EIO, "a bad sector")
+    for request in (read(source, 0, 100), source.extents(0, 100)):
+        with pytest.raises(OSError, match=".") as error:
+            await request
+        assert error.value.errno == errno.EIO
+    disk.error = None
+    assert await read(source, 0, 100) == disk.data[:100]
+
+
+async def test_whoever_does_not_wait_any_more_does_no_harm(
+    server: SourceServer, source: Source, disk: SourceDisk
+) -> None:
+    disk.gate.clear()
+    reading = asyncio.create_task(read(source, 0, 100))
+    await disk.asked.wait()
+    reading.cancel()
+    await server.stop()
+    await lost(source)
+    waiting = asyncio.create_task(source.present())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    disk.gate.set()
+    await server.start()
+    assert await read(source, 0, 100) == disk.data[:100]
+
+
+async def test_a_closed_source_does_not_come_back(server: SourceServer, source: Source) -> None:
+    await server.stop()
+    await lost(source)
+    await source.close()
+    await server.start()
+    await asyncio.sleep(0.05)
+    assert not source.connected
+
+
+async def test_nbdkit_killed_and_started_again_is_the_same_source(directory: str) -> None:
+    path = f"{directory}/nbdkit"
+    command = ["nbdkit", "-f", "--exit-with-parent", "-U", path, "pattern", "1M"]
+    source = Source(NbdUri.parse(f"nbd+unix:///?socket={path}"), connections=4)
+    source.expect(1 << 20)
+    source.connect_later("not started yet")
+    for _ in range(2):
+        nbdkit = subprocess.Popen(command)
+        try:
+            assert (await read(source, 8, 8)) == (8).to_bytes(8, "big")
+        finally:
+            nbdkit.kill()
+            nbdkit.wait()
+        await lost(source)
+        os.unlink(path)
+    await source.close()

@@ -1,0 +1,77 @@
+"""A server in a process of its own, to be attacked: ``python -m tests.support.attacked_server SOCKET DIR LIMITS``.
+
+LIMITS is JSON for nbdstream.server.limits.Limits. The images are made in DIR:
+
+- ``disk``: writable, 64 MiB, whose first 8 MiB hold numbers;
+- ``huge``: writable, 16 GiB of nothing;
+- ``comb``: read-only, 32 MiB, every second page of which is a hole.
+
+It says ``serving`` when clients can connect, and ends at SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import struct
+import sys
+from contextlib import AsyncExitStack
+from typing import Final
+
+import uvloop
+
+from nbdstream.block.raw import RawImage
+from nbdstream.server.export import Export
+from nbdstream.server.limits import Limits
+from nbdstream.server.server import NbdServer
+
+DISK_SIZE: Final = 64 << 20
+NUMBERS: Final = struct.pack("!2097152I", *range(2 << 20))
+"""The first 8 MiB of ``disk``: different everywhere."""
+HUGE_SIZE: Final = 16 << 30
+COMB_SIZE: Final = 32 << 20
+PAGE: Final = 4096
+
+
+def _make_images(directory: str) -> None:
+    with open(f"{directory}/disk", "wb") as file:
+        file.write(NUMBERS)
+        file.truncate(DISK_SIZE)
+    with open(f"{directory}/huge", "wb") as file:
+        file.truncate(HUGE_SIZE)
+    with open(f"{directory}/comb", "wb") as file:
+        for at in range(0, COMB_SIZE, 2 * PAGE):
+            os.pwrite(file.fileno(), b"x" * PAGE, at)
+        file.truncate(COMB_SIZE)
+
+
+async def _serve(path: str, directory: str, limits: Limits) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    async with AsyncExitStack() as stack:
+        exports = []
+        for name, writable in (("disk", True), ("huge", True), ("comb", False)):
+            image = await RawImage.open(f"{directory}/{name}", writable=writable)
+            stack.push_async_callback(image.close)
+            exports.append(Export(name, image, writable=writable, description=f"{directory}/{name}"))
+        server = NbdServer(exports, limits=limits)
+        stack.push_async_callback(server.close, 5.0)
+        await server.listen_unix(path)
+        print("serving", file=sys.stderr)
+        await stop.wait()
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    path, directory, limits = sys.argv[1:]
+    logging.basicConfig(level=logging.WARNING)
+    _make_images(directory)
+    uvloop.run(_serve(path, directory, Limits(**json.loads(limits))))
+
+
+if __name__ == "__main__":
+    main()

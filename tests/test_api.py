@@ -1,0 +1,81 @@
+"""Streaming a disk from Python: what the README shows."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from typing import TYPE_CHECKING
+
+import pytest
+
+import nbdstream
+from nbdstream.block.remote.export import RemoteExport
+from nbdstream.errors import NbdstreamError
+from nbdstream.server.export import Export
+from nbdstream.server.server import NbdServer
+from tests.support import qed
+from tests.support.memory import MemoryDevice
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+CONTENT = bytes(range(1, 257)) * 4096
+
+
+@pytest.fixture
+async def directory() -> AsyncIterator[str]:
+    path = tempfile.mkdtemp(prefix="nbdstream-")
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+async def source(directory: str) -> AsyncIterator[str]:
+    server = NbdServer([Export("disk", MemoryDevice(CONTENT), writable=False)])
+    await server.listen_unix(f"{directory}/source")
+    yield server.uris[0]
+    await server.close(1)
+
+
+async def test_a_disk_is_streamed_and_told_of(source: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "overlay.qed")
+    async with await nbdstream.stream_disk(source, path) as disk:
+        info = nbdstream.stream_disk_info(disk)
+        assert (info.device, info.size) == (path, len(CONTENT))
+        assert not info.independent
+        await disk.wait()
+        info = nbdstream.stream_disk_info(disk)
+        assert (info.position, info.independent, info.fetched) == (len(CONTENT), True, len(CONTENT))
+    assert qed.content(path) == CONTENT
+
+
+async def test_a_disk_is_served_while_it_is_streamed(source: str, tmp_path: Path, directory: str) -> None:
+    path = str(tmp_path / "overlay.qed")
+    async with await nbdstream.stream_disk(source, path, socket=f"{directory}/guest", rate=1) as disk:
+        guest = await RemoteExport.connect(disk.uris[0])
+        assert b"".join(await guest.read(1 << 19, 256)) == CONTENT[:256]
+        await guest.close()
+        assert not nbdstream.stream_disk_info(disk).independent
+
+
+async def test_an_independent_disk_needs_no_source_and_says_so(source: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "overlay.qed")
+    async with await nbdstream.stream_disk(source, path) as disk:
+        await disk.wait()
+    async with await nbdstream.stream_disk(source, path) as disk:
+        info = nbdstream.stream_disk_info(disk)
+        assert info == (path, len(CONTENT), len(CONTENT), True, 0.0, 0)
+
+
+async def test_what_cannot_be_is_one_kind_of_error(source: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    for uri, path in ((source, tmp_path / "file"), ("nonsense", tmp_path / "new"), (source, tmp_path / "no" / "dir")):
+        with pytest.raises(NbdstreamError):
+            await nbdstream.stream_disk(uri, str(path))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = nbdstream.nothing_like_it
