@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-CONTENT = bytes(range(1, 257)) * 4096
+CONTENT = bytes(range(256)) * 4096
 
 
 @pytest.fixture

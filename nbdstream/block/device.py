@@ -13,13 +13,18 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
     from nbdstream.extents import Extent
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """A contiguous run of bytes (memoryviews: format B)."""
+
+ZEROES: Final = memoryview(bytes(1 << 20))
+"""A MiB of zeroes to send or write from. It is never written to, so the kernel's one zero page stands for all of it.
+
+What a device knows to be zero it gives as views of this, so that a server need not send it (:func:`is_zeroes`)."""
 
 WriteDone: TypeAlias = Callable[[OSError | None], None]
 """Called on the event loop when a write is complete, with what went wrong."""
@@ -43,7 +48,8 @@ class BlockDevice(ABC):
 
         The buffers stay valid, and unchanged but for guest writes to the same range, as long as they
         are referenced. Touch them only by sending them: a mapped page may be gone
-        (the kernel answers EFAULT to a send, but SIGBUS to a load).
+        (the kernel answers EFAULT to a send, but SIGBUS to a load). What is known to be zero are views of
+        :data:`ZEROES`.
         """
         return None
 
@@ -87,6 +93,17 @@ class BlockDevice(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Let go of everything. What was flushed is durable; calling it twice does no harm."""
+
+
+def zero_buffers(length: int) -> list[Buffer]:
+    """Return buffers that together hold ``length`` zero bytes."""
+    whole, rest = divmod(length, len(ZEROES))
+    return [ZEROES] * whole + ([ZEROES[:rest]] if rest else [])
+
+
+def is_zeroes(buffer: Buffer) -> bool:
+    """Whether this is a view of :data:`ZEROES`."""
+    return isinstance(buffer, memoryview) and buffer.obj is ZEROES.obj
 
 
 def read_only_error() -> OSError:

@@ -6,16 +6,14 @@ import ctypes
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from nbdstream.block.device import ZEROES
 from nbdstream.block.worker import pwrite_all
 from nbdstream.errors import ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-ZEROES: Final = memoryview(bytes(1 << 20))
-"""A MiB of zeroes to send or write from. It is never written to, so the kernel's one zero page stands for all of it."""
 
 _KEEP_SIZE = 0x01
 _PUNCH_HOLE = 0x02

@@ -13,7 +13,7 @@ import errno
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from nbdstream.block.device import BlockDevice, Buffer, WriteDone, read_only_error
+from nbdstream.block.device import ZEROES, BlockDevice, Buffer, WriteDone, read_only_error, zero_buffers
 from nbdstream.block.qed.tables import UNALLOCATED, ZERO
 from nbdstream.extents import Extent, ExtentFlags, merge
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from bitarray import bitarray
 
     from nbdstream.block.qed.image import QedImage
-
-_ZEROES = memoryview(bytes(1 << 20))
 
 _EXTENTS_AT_ONCE = 1024
 """Extents that one call returns at most; a reply of more helps nobody, and the loop must not stand still."""
@@ -266,7 +264,7 @@ class Overlay(BlockDevice):
         missing = count * self._cluster_size - sum(len(buffer) for buffer in buffers)
         try:
             await self.image.write(offset, [*buffers, *zero_buffers(missing)])
-        except BaseException:
+        except OSError:  # not if it was cancelled: the thread may be writing there
             self.image.release(offset, count)
             raise
 
@@ -296,8 +294,8 @@ class Overlay(BlockDevice):
         return (start, end - start) if end > start else (min(start, offset + length), 0)
 
     async def _write_zero_bytes(self, offset: int, length: int) -> None:
-        for position in range(offset, offset + length, len(_ZEROES)):
-            await self.write(position, _ZEROES[: min(len(_ZEROES), offset + length - position)])
+        for position in range(offset, offset + length, len(ZEROES)):
+            await self.write(position, ZEROES[: min(len(ZEROES), offset + length - position)])
 
     async def _zero_clusters(self, offset: int, length: int) -> None:
         if not length:
@@ -434,9 +432,3 @@ class Overlay(BlockDevice):
             yield cluster, within, count
             length -= count
             cluster, within = cluster + 1, 0
-
-
-def zero_buffers(length: int) -> list[memoryview]:
-    """Return buffers that together hold ``length`` zero bytes."""
-    whole, rest = divmod(length, len(_ZEROES))
-    return [_ZEROES] * whole + ([_ZEROES[:rest]] if rest else [])

@@ -7,8 +7,8 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from nbdstream.block.device import BlockDevice, read_only_error
-from nbdstream.block.files import ZEROES, Run, open_image, punch_hole, runs, zero_range
+from nbdstream.block.device import BlockDevice, read_only_error, zero_buffers
+from nbdstream.block.files import Run, open_image, punch_hole, runs, zero_range
 from nbdstream.block.flush import SharedFlush
 from nbdstream.block.locks import Sharing, take_locks
 from nbdstream.block.mapping import Mapping
@@ -96,7 +96,7 @@ class RawImage(BlockDevice):
             if run.data:
                 buffers.append(self._mapping.view(run.offset, run.end - run.offset))
             else:
-                buffers += [ZEROES[: run.end - start] for start in range(run.offset, run.end, len(ZEROES))]
+                buffers += zero_buffers(run.end - run.offset)
         return buffers
 
     async def extents(self, offset: int, length: int) -> list[Extent]:

@@ -63,6 +63,14 @@ LIMIT_OPTIONS = (
         "connections that have not opened an export yet",
     ),
     LimitOption(
+        "--max-option-length",
+        "option_length",
+        size_from(8 << 10),
+        "BYTES",
+        "data of one option of a handshake; longer ones are refused",
+    ),
+    LimitOption("--max-options", "options", arguments.count(16, 100_000), "N", "options in one handshake"),
+    LimitOption(
         "--max-requests", "requests_in_flight", arguments.count(1, 65536), "N", "requests in flight per connection"
     ),
     LimitOption(

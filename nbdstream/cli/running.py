@@ -27,6 +27,7 @@ request would wait for the thread that fetches."""
 
 def run(options: argparse.Namespace) -> int:
     """Run the chosen command; return its exit code."""
+    _fill_standard_descriptors()
     set_up_logging(debug=options.debug)
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
@@ -49,6 +50,13 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return code
+
+
+def _fill_standard_descriptors() -> None:
+    """Open what was closed when we were started: a socket or an image that became "stderr" would be written into."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
 
 
 def _fail(message: str) -> int:

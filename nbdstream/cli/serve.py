@@ -22,7 +22,7 @@ from nbdstream.cli.exports import ExportSpec
 from nbdstream.cli.limits import add_limits, limits
 from nbdstream.cli.listening import Listening, add_listening, refuse_exposure
 from nbdstream.cli.running import either, stop_signals
-from nbdstream.cli.stdio import Stdio, StdioServer
+from nbdstream.cli.stdio import Stdio
 from nbdstream.cli.tls import add_tls, tls_policy
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
@@ -31,7 +31,6 @@ from nbdstream.service.activation import activated_sockets
 
 if TYPE_CHECKING:
     import argparse
-    import asyncio
 
 log = logging.getLogger(__name__)
 
@@ -75,15 +74,16 @@ async def run(options: argparse.Namespace) -> int:
         await refuse_exposure([*where.activated, stdio.socket] if stdio else where.activated, where.tcp)
     async with AsyncExitStack() as stack:
         opened = [await _open(spec, stack, shared=options.shared) for spec in specs]
-        server = (StdioServer if stdio else NbdServer)(opened, limits=limits(options))
+        server = NbdServer(opened, limits=limits(options), tls=policy)
         stack.push_async_callback(server.close)
         with stop_signals() as stop:
             await where.begin(server, options)
             for uri, spec in zip(server.uris, cycle(specs), strict=False):
                 log.info("serving %s at %s", spec.path, uri)
             notify.ready(f"serving {specs[0].path if len(specs) == 1 else f'{len(specs)} exports'}")
-            if stdio and isinstance(server, StdioServer):
-                await _serve_stdio(server, stdio, stop)
+            if stdio:
+                log.info("serving %s on standard input and output", ", ".join(spec.path for spec in specs))
+                await either(stop, server.serve_client(stdio.socket))
             else:
                 await stop.wait()
             notify.stopping()
@@ -115,11 +115,7 @@ async def _open(spec: ExportSpec, stack: AsyncExitStack, *, shared: int) -> Expo
             writable=writable,
             description=description,
             max_connections=shared or None,
+            allow=spec.allow,
         )
     except ValueError as error:
         raise arguments.UsageError(f"{spec.path}: {error}") from None
-
-
-async def _serve_stdio(server: StdioServer, stdio: Stdio, stop: asyncio.Event) -> None:
-    log.info("serving %s on standard input and output", ", ".join(repr(export.name) for export in server.exports))
-    await either(stop, server.serve_client(stdio.socket))

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import socket
 import stat
 import sys
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from nbdstream.errors import ListenError
-from nbdstream.server.handshake import Handshake
-from nbdstream.server.server import NbdServer
-
-if TYPE_CHECKING:
-    from nbdstream.server.connection import Connection
 
 _STEP: Final = 256 << 10
 _PATIENCE: Final = 10.0
@@ -28,7 +22,7 @@ class Stdio:
 
     def __init__(self) -> None:
         """Take them over; raises ListenError for what cannot be a connection."""
-        # Not their numbers: if they were closed when we were started, the event loop has something else there now.
+        # Python's own view: a descriptor that was closed when we were started leads nowhere by now.
         if sys.stdin is None or sys.stdout is None:
             raise ListenError("--stdio needs standard input and output, and one of them is closed")
         if os.isatty(0) or os.isatty(1):
@@ -60,35 +54,6 @@ class Stdio:
         sender = threading.Thread(target=_send, args=(ours, outgoing), daemon=True)
         sender.start()
         self._relays.append(sender)
-
-
-class StdioServer(NbdServer):
-    """A server whose one client is there already."""
-
-    _gone: asyncio.Event
-
-    async def serve_client(self, sock: socket.socket) -> None:
-        """Serve the client at the other end of a connected stream socket, until it has gone."""
-        self._gone = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        sock.setblocking(False)
-        make = loop.create_unix_connection if sock.family == socket.AF_UNIX else loop.create_connection
-        await make(lambda: Handshake(self), sock=sock)
-        await self._gone.wait()
-
-    def left(self, handshake: Handshake) -> None:
-        """See whether the client goes, or opens an export."""
-        super().left(handshake)
-        asyncio.get_running_loop().call_soon(self._look)
-
-    def closed(self, connection: Connection) -> None:
-        """See that the client has gone."""
-        super().closed(connection)
-        self._look()
-
-    def _look(self) -> None:
-        if not (self.handshake_count or self.connection_count):
-            self._gone.set()
 
 
 def _same_socket(one: int, other: int) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 from typing import TYPE_CHECKING, Final
 
+from nbdstream.block.device import is_zeroes
 from nbdstream.server.contexts import descriptors
 from nbdstream.wire.nbd import Cmd, CmdFlag, Err
+from nbdstream.wire.transmission import context_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from nbdstream.block.device import Buffer
     from nbdstream.server.export import Export
@@ -21,6 +24,9 @@ _log = logging.getLogger(__name__)
 
 _CACHE_STEP: Final = 1 << 20
 """Bytes that CACHE holds at a time, however much it was asked for."""
+
+_RANGE_STEP: Final = 1 << 30
+"""Bytes that a device is asked to zero or to forget at a time: others get their turn, and the end of the server its own."""
 
 _ERRORS: Final = {
     errno.EPERM: Err.EPERM,
@@ -76,27 +82,46 @@ class Commands:
 
     def success(self, request: Request) -> bytes:
         """Return the reply to a request that went well and has nothing to give."""
-        return self._replies.done(request.command, request.cookie)
+        return self._replies.done(request.command, request.cookie, request.offset)
 
     def failure(self, request: Request, error: Exception) -> bytes:
         """Return the reply to a request that the device failed."""
         if not isinstance(error, OSError):
             # Whatever is wrong with the device, the client stays and is told.
             _log.error("%s failed", Cmd(request.command).name, exc_info=error)
-            return self._replies.error(request.cookie, Err.EIO, "internal error")
+            return self._error(request, Err.EIO, "internal error")
         value = error_value(error)
         # proto.md keeps ENOTSUP for this one use.
         if error.errno == errno.ENOTSUP and request.flags & CmdFlag.FAST_ZERO:
             value = Err.ENOTSUP
-        return self._replies.error(request.cookie, value, error.strerror or "")
+        return self._error(request, value, error.strerror or "")
+
+    def _error(self, request: Request, error: Err, text: str) -> bytes:
+        return self._replies.error(request.cookie, request.offset, error, text)
 
     def read_reply(self, request: Request, buffers: Sequence[Buffer]) -> list[Buffer]:
         """Return the reply that carries what the device read."""
         if sum(map(len, buffers)) != request.length:
             # A header that promises more or less than follows would cost the client the connection at best.
             _log.error("the device read %d bytes, not %d", sum(map(len, buffers)), request.length)
-            return [self._replies.error(request.cookie, Err.EIO, "the device read a wrong number of bytes")]
+            return [self._error(request, Err.EIO, "the device read a wrong number of bytes")]
+        if self._replies.sparse and not request.flags & CmdFlag.DF and any(map(is_zeroes, buffers)):
+            return self._sparse_reply(request, buffers)
         return [self._replies.read_header(request.cookie, request.offset, request.length), *buffers]
+
+    def _sparse_reply(self, request: Request, buffers: Sequence[Buffer]) -> list[Buffer]:
+        """Return the reply that tells of zeroes, and carries the rest."""
+        _, _, cookie, offset, length, _, _ = request
+        at, end = offset, offset + length
+        reply: list[Buffer] = []
+        for hole, run in itertools.groupby(buffers, is_zeroes):
+            chunk = list(run)
+            size = sum(map(len, chunk))
+            reply.append(self._replies.read_chunk(cookie, offset, at, size, hole=hole, last=at + size == end))
+            if not hole:
+                reply += chunk
+            at += size
+        return reply
 
     async def _perform(self, request: Request) -> Sequence[Buffer] | None:
         """Return the reply, or None for a plain success."""
@@ -117,26 +142,42 @@ class Commands:
                 assert payload is not None
                 await self._device.write(offset, payload)
             elif command == Cmd.TRIM:
-                await self._device.discard(offset, length)
+                await self._discard(offset, length)
             else:
-                await self._device.write_zeroes(
-                    offset,
-                    length,
-                    may_unmap=not flags & CmdFlag.NO_HOLE,
-                    fast_only=bool(flags & CmdFlag.FAST_ZERO),
-                )
+                await self._write_zeroes(offset, length, flags)
             if flags & CmdFlag.FUA:
                 await self._device.flush()
         return None
 
+    async def _discard(self, offset: int, length: int) -> None:
+        for at, some in _steps(offset, length, _RANGE_STEP):
+            await self._device.discard(at, some)
+
+    async def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        for at, some in _steps(offset, length, _RANGE_STEP):
+            # "Not fast" must leave everything as it was. So it is too late to say so once something has changed.
+            fast_only = bool(flags & CmdFlag.FAST_ZERO) and at == offset
+            may_unmap = not flags & CmdFlag.NO_HOLE
+            await self._device.write_zeroes(at, some, may_unmap=may_unmap, fast_only=fast_only)
+
     async def _cache(self, offset: int, length: int) -> None:
-        for at in range(offset, offset + length, _CACHE_STEP):
-            await self._device.read(at, min(_CACHE_STEP, offset + length - at))
+        for at, some in _steps(offset, length, _CACHE_STEP):
+            await self._device.read(at, some)
 
     async def _block_status(self, request: Request) -> Sequence[Buffer]:
         only_one = bool(request.flags & CmdFlag.REQ_ONE)
+        numbers = self._contexts.keys() if request.payload is None else context_ids(request.payload)
         extents = await self._device.extents(request.offset, request.length)
         status = {
-            number: descriptors(context, extents, only_one=only_one) for number, context in self._contexts.items()
+            number: descriptors(self._contexts[number], extents, only_one=only_one) for number in numbers
         }
-        return [self._replies.block_status(request.cookie, status)]
+        return [self._replies.block_status(request.cookie, request.offset, status)]
+
+
+def _steps(offset: int, length: int, step: int) -> Iterator[tuple[int, int]]:
+    """Split a range into (offset, length) of at most ``step`` bytes each, ending at multiples of it."""
+    end = offset + length
+    while offset < end:
+        some = min(step - offset % step, end - offset)
+        yield offset, some
+        offset += some

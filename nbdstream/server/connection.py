@@ -15,6 +15,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final
 
+from nbdstream.block.device import ZEROES
 from nbdstream.errors import ProtocolError
 from nbdstream.server.commands import Commands
 from nbdstream.server.inflight import InFlight
@@ -182,6 +183,7 @@ class Connection(asyncio.BufferedProtocol):
     def _serve_batch(self) -> None:
         read_now, read_header = self._export.device.read_now, self._transmission.replies.read_header
         replies = self._replies
+        zeroes = ZEROES.obj if self._transmission.replies.sparse else self  # of which there are no views
         requests = unsent = total = 0
         for fields in self._transmission.requests(self._view, self._start, self._end):
             requests += 1
@@ -199,9 +201,9 @@ class Connection(asyncio.BufferedProtocol):
                 if not self._serve(fields):
                     break
                 continue
-            if len(buffers) == 1 and len(buffers[0]) == length:
+            if len(buffers) == 1 and len(buffer := buffers[0]) == length and getattr(buffer, "obj", 0) is not zeroes:
                 replies.append(read_header(cookie, offset, length))
-                replies.append(buffers[0])
+                replies.append(buffer)
             else:
                 replies += self._commands.read_reply(Request._make(fields), buffers)
             total += length
@@ -219,9 +221,9 @@ class Connection(asyncio.BufferedProtocol):
         """Refuse a request or begin it; return False if it has to wait, and whatever comes behind it."""
         request = Request._make(fields)
         if request.refusal:
-            self._replies.append(self._transmission.replies.error(request.cookie, *request.refusal))
+            self._replies.append(self._transmission.replies.error(request.cookie, request.offset, *request.refusal))
             return True
-        if self._in_flight.has_room(request.length):
+        if self._in_flight.has_room(request):
             self._in_flight.start(request)
             return True
         self._held = request
@@ -241,7 +243,7 @@ class Connection(asyncio.BufferedProtocol):
     def _receive_payload(self) -> None:
         request = self._transmission.awaiting
         assert request is not None
-        if not self._in_flight.has_room(request.length):
+        if not self._in_flight.has_room(request):
             self._stalled = True
             return
         self._transmission.awaiting = None
@@ -309,7 +311,7 @@ class Connection(asyncio.BufferedProtocol):
     def _go_on(self) -> None:
         """Take up what waits, if there is room for it now."""
         if self._held:
-            if not self._in_flight.has_room(self._held.length):
+            if not self._in_flight.has_room(self._held):
                 return
             request, self._held = self._held, None
             self._in_flight.start(request)

@@ -45,12 +45,12 @@ class InFlight:
         self._tasks: dict[asyncio.Task[Sequence[Buffer]], int] = {}
         """The command of each request that runs as a task."""
 
-    def has_room(self, length: int) -> bool:
-        """Whether a request of that length may join. One alone always may, however long it is."""
+    def has_room(self, request: Request) -> bool:
+        """Whether a request may join. One alone always may, however long it is."""
         if not self.requests:
             return True
         limits = self._limits
-        return self.requests < limits.requests_in_flight and self._bytes + length <= limits.bytes_in_flight
+        return self.requests < limits.requests_in_flight and self._bytes + _held_bytes(request) <= limits.bytes_in_flight
 
     def start(self, request: Request) -> None:
         """Begin a valid request; its reply comes later, never before this returns."""

@@ -60,8 +60,12 @@ class Fetches:
         if waiting:
             self.last_wanted = asyncio.get_running_loop().time()
         for error in await asyncio.gather(*waiting) if waiting else ():
-            if error is not None and error.errno != errno.ENOSPC:
+            if error is not None and error.errno != errno.ENOSPC and self._is_remote(first, behind):
                 raise OSError(error.errno, error.strerror)
+
+    def _is_remote(self, first: int, behind: int) -> bool:
+        remote = self._overlay.remote
+        return remote is not None and remote.find(1, first, behind) >= 0
 
     def _needed(self, first: int, behind: int) -> list[Fetch]:
         """Return the fetches that together make these clusters local, begun where there was none."""

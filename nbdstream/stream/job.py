@@ -75,10 +75,13 @@ class StreamJob:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._survey.run())
             tasks.create_task(hydrator.run())
-        while not await self._let_go():
-            await asyncio.sleep(_RETRY_SECONDS)  # noqa: ASYNC110 - nobody tells when a disk has room again
-        self._overlay.become_independent()
+        # Nobody needs the source any more. A fetch that lost its race against the guest may still be in flight: it ends
+        # here and gives its clusters back.
         await self._source.close()
+        while not await self._let_go():
+            # Nobody tells when a disk has room again.
+            await asyncio.sleep(_RETRY_SECONDS)
+        self._overlay.become_independent()
         self.status = JobStatus.CONCLUDED
 
     async def _let_go(self) -> bool:

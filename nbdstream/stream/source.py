@@ -11,7 +11,7 @@ import errno
 import logging
 import random
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nbdstream.block.device import BlockDevice, Buffer
 from nbdstream.block.remote.export import CopyDone, RemoteExport
@@ -33,6 +33,13 @@ _LOST = frozenset({errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECAN
 """What a request fails with when the connection is gone, or is closed since it is gone, or the server is going."""
 
 
+class _Request(NamedTuple):
+    """Something that is asked of the source, however often it takes."""
+
+    ask: Callable[[RemoteExport, _Request], None]
+    fail: Callable[[OSError], None]
+
+
 class Source(BlockDevice):
     """A remote export that is connected to again and again."""
 
@@ -44,7 +51,7 @@ class Source(BlockDevice):
         self._tls_certificates = tls_certificates
         self._export: RemoteExport | None = None
         self._expects_size = False
-        self._held: list[Callable[[RemoteExport], None]] = []
+        self._held: list[_Request] = []
         self._reconnecting: asyncio.Task[None] | None = None
         self._closed = False
         self.lost_since: float | None = None
@@ -92,9 +99,7 @@ class Source(BlockDevice):
         self.expect(export.size)
         self.lost_since = None
         export.lost.add_done_callback(lambda lost: self._lose(lost.result()) if self._export is export else None)
-        held, self._held = self._held, []
-        for request in held:
-            request(export)
+        self._retry_held()
         self.on_change()
 
     def _lose(self, reason: str) -> None:
@@ -129,13 +134,15 @@ class Source(BlockDevice):
 
     # -- requests ---------------------------------------------------------------------------------------------
 
-    def _submit(self, request: Callable[[RemoteExport], None]) -> None:
-        if self._export is None:
+    def _submit(self, request: _Request) -> None:
+        if self._closed:
+            request.fail(OSError(errno.ECANCELED, "the source is closed"))
+        elif self._export is None:
             self._held.append(request)
         else:
-            request(self._export)
+            request.ask(self._export, request)
 
-    def _is_lost(self, error: OSError | None, request: Callable[[RemoteExport], None]) -> bool:
+    def _is_lost(self, error: OSError | None, request: _Request) -> bool:
         """Whether a request failed only because a connection did; it is made again then."""
         if error is None or error.errno not in _LOST or self._closed:
             return False
@@ -148,7 +155,7 @@ class Source(BlockDevice):
         if self._export is not None and not self._export.lost.done():
             held, self._held = self._held, []
             for request in held:
-                request(self._export)
+                request.ask(self._export, request)
 
     def copy_soon(
         self, offset: int, length: int, fd: int, place: int, done: CopyDone, *, zero_unit: int, urgent: bool
@@ -158,31 +165,31 @@ class Source(BlockDevice):
         Bit i of ``zero`` says that the i-th unit of ``zero_unit`` bytes is all zero: it was not written.
         """
 
-        def request(export: RemoteExport) -> None:
+        def ask(export: RemoteExport, request: _Request) -> None:
+            def finished(zero: int | None, error: OSError | None) -> None:
+                if not self._is_lost(error, request):
+                    done(zero, error)
+
             export.copy_soon(offset, length, fd, place, finished, zero_unit=zero_unit, urgent=urgent)
 
-        def finished(zero: int | None, error: OSError | None) -> None:
-            if not self._is_lost(error, request):
-                done(zero, error)
-
-        self._submit(request)
+        self._submit(_Request(ask, lambda error: done(None, error)))
 
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:
         """Read from the source, keeping nothing."""
         answer: asyncio.Future[Buffer] = asyncio.get_running_loop().create_future()
 
-        def request(export: RemoteExport) -> None:
+        def ask(export: RemoteExport, request: _Request) -> None:
+            def finished(data: Buffer | None, error: OSError | None) -> None:
+                if answer.done() or self._is_lost(error, request):
+                    return
+                if error:
+                    answer.set_exception(error)
+                elif data is not None:
+                    answer.set_result(data)
+
             export.read_soon(offset, length, finished)
 
-        def finished(data: Buffer | None, error: OSError | None) -> None:
-            if answer.done() or self._is_lost(error, request):
-                return
-            if error:
-                answer.set_exception(error)
-            elif data is not None:
-                answer.set_result(data)
-
-        self._submit(request)
+        self._submit(_Request(ask, lambda error: _fail(answer, error)))
         return [await answer]
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
@@ -192,27 +199,37 @@ class Source(BlockDevice):
             try:
                 return await export.extents(offset, length)
             except OSError as error:
-                if error.errno not in _LOST:
+                if error.errno not in _LOST or self._closed:
                     raise
                 await asyncio.sleep(_FIRST_PAUSE_SECONDS)
 
     async def present(self) -> RemoteExport:
-        """Wait until the source is there."""
-        if self._export is None:
-            arrived: asyncio.Future[RemoteExport] = asyncio.get_running_loop().create_future()
-            self._held.append(lambda export: None if arrived.done() else arrived.set_result(export))
-            return await arrived
-        return self._export
+        """Wait until the source is there. Raises OSError (ECANCELED) if it is closed before."""
+        arrived: asyncio.Future[RemoteExport] = asyncio.get_running_loop().create_future()
+
+        def ask(export: RemoteExport, _: _Request) -> None:
+            if not arrived.done():
+                arrived.set_result(export)
+
+        self._submit(_Request(ask, lambda error: _fail(arrived, error)))
+        return await arrived
 
     async def close(self) -> None:
-        """Let go of the source. What is held is never answered."""
+        """Let go of the source. What is in flight or held fails with ECANCELED."""
         self._closed = True
         if self._reconnecting:
             self._reconnecting.cancel()
-        self._held.clear()
+        held, self._held = self._held, []
+        for request in held:
+            request.fail(OSError(errno.ECANCELED, "the source is closed"))
         if self._export:
             export, self._export = self._export, None
             await export.close()
+
+
+def _fail(answer: asyncio.Future[Any], error: OSError) -> None:
+    if not answer.done():
+        answer.set_exception(error)
 
 
 def round_up(size: int) -> int:

@@ -2,8 +2,8 @@
 
 The caller owns the receive buffer and gives all of it to :meth:`Transmission.requests`. What comes out are plain
 tuples, because at 150,000 requests a second an object for each would be the largest cost of all. A request that must be
-refused comes out with its :class:`Refusal`, a WRITE only when its payload has been consumed, so that the next request
-still parses.
+refused comes out with its :class:`Refusal`, one with a payload only when that has been consumed, so that the next
+request still parses.
 """
 
 from __future__ import annotations
@@ -11,8 +11,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from nbdstream.errors import ProtocolError
-from nbdstream.wire.nbd import REQUEST, REQUEST_MAGIC, Cmd, CmdFlag, Err, TransmissionFlag
-from nbdstream.wire.replies import Replies, SimpleReplies, StructuredReplies
+from nbdstream.wire.nbd import (
+    EXTENDED_REQUEST,
+    EXTENDED_REQUEST_MAGIC,
+    REQUEST,
+    REQUEST_MAGIC,
+    STATUS_PAYLOAD,
+    Cmd,
+    CmdFlag,
+    Err,
+    TransmissionFlag,
+)
+from nbdstream.wire.replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +49,8 @@ class Request(NamedTuple):
     offset: int
     length: int
     payload: Buffer | None
-    """What WRITE brought; None for every other command, and for a refused WRITE."""
+    """What WRITE brought, or the ids of the contexts that BLOCK_STATUS is limited to (see :func:`context_ids`); None for
+    everything else, and for whatever is refused."""
     refusal: Refusal | None
 
 
@@ -49,6 +60,8 @@ RequestFields: TypeAlias = tuple[int, int, int, int, int, Buffer | None, Refusal
 READ: Final = int(Cmd.READ)
 WRITE: Final = int(Cmd.WRITE)
 _DISC: Final = int(Cmd.DISC)
+_BLOCK_STATUS: Final = int(Cmd.BLOCK_STATUS)
+_PAYLOAD_LEN: Final = int(CmdFlag.PAYLOAD_LEN)
 
 _SHUTDOWN: Final = Refusal(Err.ESHUTDOWN, "the server is shutting down")
 _UNKNOWN: Final = Refusal(Err.EINVAL, "the command is not known")
@@ -61,6 +74,8 @@ _TOO_LONG: Final = Refusal(Err.EINVAL, "the payload is longer than the maximum p
 _READ_TOO_LONG: Final = Refusal(Err.EOVERFLOW, "the read is longer than the maximum payload size")
 _NOT_ZERO: Final = Refusal(Err.EINVAL, "a flush has no offset and no length")
 _NO_CONTEXT: Final = Refusal(Err.EINVAL, "no meta context was negotiated for this export")
+_NO_PAYLOAD: Final = Refusal(Err.EINVAL, "a write has a payload, and says so")
+_BAD_FILTER: Final = Refusal(Err.EINVAL, "the payload is not a length and some of the negotiated context ids")
 _NO_LENGTH: Final = Refusal(Err.EINVAL, "a block status needs a length")
 
 _WRITES: Final = frozenset({Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES})
@@ -70,7 +85,7 @@ class Transmission:
     """The transmission phase of one connection."""
 
     def __init__(self, agreement: Agreement) -> None:
-        self.replies: Replies = StructuredReplies() if agreement.structured else SimpleReplies()
+        self.replies = _replies(agreement)
         self.position = 0
         """Where in the buffer the first byte lies that :meth:`requests` has not consumed."""
         self.awaiting: Request | None = None
@@ -82,7 +97,7 @@ class Transmission:
         self._size = agreement.export.size
         self._maximum = agreement.export.maximum_payload
         self._mask = agreement.export.minimum_block - 1
-        self._flags = _flags_of_commands(agreement.flags)
+        self._flags = _flags_of_commands(agreement)
         self._read_only = bool(agreement.flags & TransmissionFlag.READ_ONLY)
         self._shutting_down = False
         self._skip = 0
@@ -99,8 +114,10 @@ class Transmission:
         Raises ProtocolError when the stream cannot be followed any further. The iteration may be broken off after
         any request and taken up again from ``position``.
         """
-        size, maximum, mask, unpack = self._size, self._maximum, self._mask, REQUEST.unpack_from
-        header = REQUEST.size
+        size, maximum, mask, extended = self._size, self._maximum, self._mask, self._agreement.extended
+        layout = EXTENDED_REQUEST if extended else REQUEST
+        unpack, header = layout.unpack_from, layout.size
+        right_magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         position = self.position = start
         while not self.finished:
             if self._skipped:
@@ -115,7 +132,7 @@ class Transmission:
             if end - position < header:
                 return
             magic, flags, command, cookie, offset, length = unpack(data, position)
-            if magic != REQUEST_MAGIC:
+            if magic != right_magic:
                 msg = f"a request without its magic number ({magic:#010x})"
                 raise ProtocolError(msg)
             position += header
@@ -129,12 +146,23 @@ class Transmission:
                 self.position = position
                 self.finished = True
                 return
-            refusal = self._refuse(command, flags, offset, length)
-            if command != WRITE:
+            if extended:
+                carries = bool(flags & _PAYLOAD_LEN)
+                refusal = self._refuse_extended(command, flags, offset, length)
+            else:
+                carries = command == WRITE
+                refusal = self._refuse(command, flags, offset, length)
+            if not carries:
                 self.position = position
                 yield command, flags, cookie, offset, length, None, refusal
             elif refusal:
                 self._skip, self._skipped = length, (command, flags, cookie, offset, length, None, refusal)
+            elif command == _BLOCK_STATUS:
+                if end - position < length:
+                    return  # a few bytes: they are given once more, with the header, when they are all there
+                payload = bytes(data[position : position + length])
+                self.position = position = position + length
+                yield self._filtered(flags, cookie, offset, payload)
             elif end - position < length:
                 self.position = position
                 self.awaiting = Request(command, flags, cookie, offset, length, None, None)
@@ -143,6 +171,31 @@ class Transmission:
                 payload = bytes(data[position : position + length])
                 self.position = position = position + length
                 yield command, flags, cookie, offset, length, payload, None
+
+    def _refuse_extended(self, command: int, flags: int, offset: int, length: int) -> Refusal | None:
+        """Refuse what has an extended header. Raises ProtocolError for a payload that is an attack."""
+        if not flags & _PAYLOAD_LEN:
+            refusal = self._refuse(command, flags, offset, length)
+            return _NO_PAYLOAD if command == WRITE and not refusal else refusal
+        if length > self._agreement.export.maximum_payload:
+            msg = f"a payload of {length} bytes"
+            raise ProtocolError(msg)
+        if command != _BLOCK_STATUS or self._shutting_down or flags & ~self._flags[command]:
+            return self._refuse(command, flags, offset, length)
+        # A longer list names some context twice, or one that does not exist.
+        most = STATUS_PAYLOAD.size + 4 * len(self._agreement.contexts)
+        return None if STATUS_PAYLOAD.size < length <= most and length % 4 == 0 else _BAD_FILTER
+
+    def _filtered(self, flags: int, cookie: int, offset: int, payload: bytes) -> RequestFields:
+        """Return the BLOCK_STATUS that has this payload."""
+        (length,) = STATUS_PAYLOAD.unpack_from(payload)
+        ids = payload[STATUS_PAYLOAD.size :]
+        numbers = context_ids(ids)
+        flags &= ~_PAYLOAD_LEN
+        refusal = self._refuse(_BLOCK_STATUS, flags, offset, length)
+        if len(set(numbers)) < len(numbers) or not self._agreement.contexts.keys() >= set(numbers):
+            refusal = _BAD_FILTER
+        return _BLOCK_STATUS, flags, cookie, offset, length, None if refusal else ids, refusal
 
     def _refuse(self, command: int, flags: int, offset: int, length: int) -> Refusal | None:
         if self._shutting_down:
@@ -167,8 +220,8 @@ class Transmission:
             if command == Cmd.WRITE:
                 return _TOO_LONG
             if command == Cmd.READ:
-                # With simple replies the maximum is a rule for the client; with structured ones it is our choice.
-                return _READ_TOO_LONG if self._agreement.structured else _TOO_LONG
+                # With simple replies the maximum is a rule for the client; with chunks it is our choice.
+                return _READ_TOO_LONG if self.replies.sparse else _TOO_LONG
         if command == Cmd.BLOCK_STATUS:
             if not self._agreement.contexts:
                 return _NO_CONTEXT
@@ -177,8 +230,20 @@ class Transmission:
         return None
 
 
-def _flags_of_commands(advertised: TransmissionFlag) -> dict[int, int]:
+def context_ids(payload: Buffer) -> tuple[int, ...]:
+    """Return the ids that a BLOCK_STATUS is limited to."""
+    return tuple(int.from_bytes(payload[at : at + 4], "big") for at in range(0, len(payload), 4))
+
+
+def _replies(agreement: Agreement) -> Replies:
+    if agreement.extended:
+        return ExtendedReplies()
+    return StructuredReplies() if agreement.structured else SimpleReplies()
+
+
+def _flags_of_commands(agreement: Agreement) -> dict[int, int]:
     """Return which flags each command takes, given what was advertised; a command that is missing is unknown."""
+    advertised = agreement.flags
     flags = {
         Cmd.READ: CmdFlag.DF if advertised & TransmissionFlag.SEND_DF else CmdFlag(0),
         Cmd.WRITE: CmdFlag(0),
@@ -190,6 +255,10 @@ def _flags_of_commands(advertised: TransmissionFlag) -> dict[int, int]:
     }
     if advertised & TransmissionFlag.SEND_FAST_ZERO:
         flags[Cmd.WRITE_ZEROES] |= CmdFlag.FAST_ZERO
+    if agreement.extended:
+        flags[Cmd.WRITE] |= CmdFlag.PAYLOAD_LEN
+    if advertised & TransmissionFlag.BLOCK_STATUS_PAYLOAD:
+        flags[Cmd.BLOCK_STATUS] |= CmdFlag.PAYLOAD_LEN
     # "If advertised, the server MUST accept all commands with this bit set": some clients send it with READ.
     fua = CmdFlag.FUA if advertised & TransmissionFlag.SEND_FUA else CmdFlag(0)
     return {int(command): int(allowed | fua) for command, allowed in flags.items()}

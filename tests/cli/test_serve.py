@@ -233,7 +233,7 @@ def test_two_pipes_carry_a_session_and_nothing_else_and_the_end_of_it_ends_us(im
     result = subprocess.run(
         [NBDSTREAM, "serve", "--stdio", image], input=GREETING_AND_GO + READ_AND_DISC, capture_output=True, check=False
     )
-    assert result.stderr == b"nbdstream: serving '' on standard input and output\n"
+    assert result.stderr == f"nbdstream: serving {image} on standard input and output\n".encode()
     assert result.returncode == 0
     assert result.stdout.startswith(b"NBDMAGICIHAVEOPT")
     with open(image, "rb") as file:
@@ -268,7 +268,7 @@ def test_sigterm_ends_a_session_on_standard_input_and_output(image: str) -> None
         one,
         other,
         subprocess.Popen(
-            [NBDSTREAM, "serve", "--stdio", image], stdin=one, stdout=one, stderr=subprocess.PIPE
+            [NBDSTREAM, "serve", "--stdio", image], stdin=one.fileno(), stdout=one.fileno(), stderr=subprocess.PIPE
         ) as server,
     ):
         assert server.stderr

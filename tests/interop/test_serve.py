@@ -61,7 +61,8 @@ class Served:
         """End the command, and return what the image holds then."""
         assert self.command.stop() == 0
         if self.format == "qed":
-            assert qemu_check(self.image).status == 0
+            check = qemu_check(self.image)
+            assert check.corruptions == check.check_errors == 0
             return content(self.image)
         with open(self.image, "rb") as file:
             return file.read()
@@ -237,5 +238,6 @@ def test_a_chain_that_qemu_made_is_served_with_its_formats(
         run("nbdcopy", uri, str(tmp_path / "copy"))
         assert command.stop() == 0
     assert (tmp_path / "copy").read_bytes() == model
-    assert qemu_check(top).status == 0
+    check = qemu_check(top)
+    assert check.corruptions == check.check_errors == 0
     assert content(top) == model

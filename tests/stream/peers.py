@@ -46,12 +46,15 @@ class SourceDisk(BlockDevice):
         self.error: OSError | None = None
         self.gate = asyncio.Event()
         self.gate.set()
+        self.gated: range | None = None
+        """Where reads wait for the gate; None: everywhere."""
         self.asked = asyncio.Event()
 
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:
         self.reads.append((offset, length))
         self.asked.set()
-        await self.gate.wait()
+        if self.gated is None or offset in self.gated:
+            await self.gate.wait()
         if self.error:
             raise self.error
         return [bytes(self.data[offset : offset + length])]

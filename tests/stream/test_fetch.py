@@ -173,7 +173,7 @@ async def test_a_last_cluster_is_told_of_when_the_image_has_failed(
     async with streamed(server, tmp_path / "partial") as stream:
         monkeypatch.setattr(stream.image._epochs, "failed", OSError(errno.EIO, "no barrier"))
         async with asyncio.timeout(5):
-            with pytest.raises(OSError, match="."):
+            with pytest.raises(OSError, match=r"."):
                 await stream.read(CLUSTER, 512)
         monkeypatch.undo()
 
@@ -184,7 +184,7 @@ async def test_an_error_of_the_source_is_the_readers_and_leaves_the_cluster_remo
     end = stream.image.end
     disk.error = OSError(errno.EIO, "a bad sector")
     for request in (stream.read(0, 10), stream.overlay.write(0, b"new")):
-        with pytest.raises(OSError, match=".") as error:
+        with pytest.raises(OSError, match=r".") as error:
             await request
         assert error.value.errno == errno.EIO
     assert stream.is_remote(0)

@@ -185,7 +185,7 @@ async def test_no_room_for_a_table_is_a_pause_too(
     async with streamed(server, tmp_path / "overlay") as stream:
         table_bytes = 4 * CLUSTER
         pwrite = os.pwrite
-        refused = []
+        refused: list[int] = []
 
         def full(fd: int, data: bytes, offset: int) -> int:
             if len(data) == table_bytes and len(refused) < 3:

@@ -31,16 +31,24 @@ async def finished(stream: Streamed, job: StreamJob) -> str:
     return stream.image.path
 
 
+def keep_only(disk: SourceDisk, *clusters: int) -> None:
+    """Make all other clusters of the source zero."""
+    for cluster in set(range(40)).difference(clusters):
+        run = range(cluster * CLUSTER, (cluster + 1) * CLUSTER)
+        disk.data[run.start : run.stop] = bytes(CLUSTER)
+        disk.zeroes.append(run)
+
+
 async def test_in_the_end_the_overlay_is_a_sound_image_without_a_backing_file(
     stream: Streamed, disk: SourceDisk
 ) -> None:
     job = StreamJob(stream.overlay, stream.source)
-    assert job.status is JobStatus.CREATED
+    seen = [job.status]
     running = asyncio.create_task(job.run())
     await asyncio.sleep(0)
-    assert job.status is JobStatus.RUNNING
+    seen.append(job.status)
     await running
-    assert job.status is JobStatus.CONCLUDED
+    assert [*seen, job.status] == [JobStatus.CREATED, JobStatus.RUNNING, JobStatus.CONCLUDED]
     assert stream.image.backing_name is None
     assert not stream.source.connected
     await stream.image.close()
@@ -74,15 +82,15 @@ async def test_the_last_cluster_counts_no_more_than_the_disk_has_of_it(server: S
 
 
 async def test_a_fetch_that_lost_its_race_and_is_late_leaks_nothing(stream: Streamed, disk: SourceDisk) -> None:
-    """The guest makes the last remote cluster local while it is being fetched."""
-    disk.data[CLUSTER:] = bytes(39 * CLUSTER)
-    disk.zeroes.append(range(CLUSTER, 40 * CLUSTER))
+    """The guest makes a cluster local while it is being fetched; all others are there before that fetch ends."""
+    keep_only(disk, 0, 20)
+    disk.gated = range(CLUSTER)
     disk.gate.clear()
     job = StreamJob(stream.overlay, stream.source)
     running = asyncio.create_task(job.run())
     await disk.asked.wait()
     await stream.overlay.write(0, b"\x99" * CLUSTER)
-    asyncio.get_running_loop().call_later(0.05, disk.gate.set)
+    asyncio.get_running_loop().call_later(0.1, disk.gate.set)
     await running
     await stream.image.close()
     assert qed.qemu_check(stream.image.path).status == 0
@@ -92,8 +100,7 @@ async def test_a_fetch_that_lost_its_race_and_is_late_leaks_nothing(stream: Stre
 async def test_a_reader_of_a_late_fetch_gets_its_data_at_the_end_of_the_job(
     stream: Streamed, disk: SourceDisk
 ) -> None:
-    disk.data[CLUSTER:] = bytes(39 * CLUSTER)
-    disk.zeroes.append(range(CLUSTER, 40 * CLUSTER))
+    keep_only(disk, 0)
     disk.gate.clear()
     job = StreamJob(stream.overlay, stream.source)
     reading = asyncio.create_task(stream.read(0, 10))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -110,7 +111,9 @@ async def test_what_was_in_flight_when_the_source_went_is_answered_when_it_is_ba
     os.close(fd)
 
 
-async def test_a_source_that_goes_often_loses_no_request(server: SourceServer, source: Source, disk: SourceDisk) -> None:
+async def test_a_source_that_goes_often_loses_no_request(
+    server: SourceServer, source: Source, disk: SourceDisk
+) -> None:
     answers: list[int] = []
 
     async def reader(number: int) -> None:
@@ -150,7 +153,7 @@ async def test_pauses_between_attempts_grow_up_to_a_limit(
 ) -> None:
     monkeypatch.setattr(source_module, "_FIRST_PAUSE_SECONDS", 1.0)
     monkeypatch.setattr(source_module, "_LONGEST_PAUSE_SECONDS", 10.0)
-    monkeypatch.setattr(source_module.random, "uniform", lambda _low, high: high)
+    monkeypatch.setattr(random, "uniform", lambda _low, high: high)
     pauses: list[float] = []
     sleep = asyncio.sleep
 
@@ -206,7 +209,7 @@ async def test_sizes_are_compared_as_qemu_does(server: SourceServer) -> None:
 async def test_an_error_of_the_server_is_passed_on(source: Source, disk: SourceDisk) -> None:
     disk.error = OSError(errno.EIO, "a bad sector")
     for request in (read(source, 0, 100), source.extents(0, 100)):
-        with pytest.raises(OSError, match=".") as error:
+        with pytest.raises(OSError, match=r".") as error:
             await request
         assert error.value.errno == errno.EIO
     disk.error = None

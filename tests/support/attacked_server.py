@@ -2,7 +2,7 @@
 
 LIMITS is JSON for nbdstream.server.limits.Limits. The images are made in DIR:
 
-- ``disk``: writable, 64 MiB, whose first 8 MiB hold numbers;
+- ``disk``: writable, 64 MiB, whose first 8 MiB hold numbers; in the next 24 MiB every second page is a hole;
 - ``huge``: writable, 16 GiB of nothing;
 - ``comb``: read-only, 32 MiB, every second page of which is a hole.
 
@@ -31,6 +31,7 @@ from nbdstream.server.server import NbdServer
 DISK_SIZE: Final = 64 << 20
 NUMBERS: Final = struct.pack("!2097152I", *range(2 << 20))
 """The first 8 MiB of ``disk``: different everywhere."""
+DISK_COMB_END: Final = 32 << 20
 HUGE_SIZE: Final = 16 << 30
 COMB_SIZE: Final = 32 << 20
 PAGE: Final = 4096
@@ -39,13 +40,18 @@ PAGE: Final = 4096
 def _make_images(directory: str) -> None:
     with open(f"{directory}/disk", "wb") as file:
         file.write(NUMBERS)
+        _comb(file.fileno(), len(NUMBERS), DISK_COMB_END)
         file.truncate(DISK_SIZE)
     with open(f"{directory}/huge", "wb") as file:
         file.truncate(HUGE_SIZE)
     with open(f"{directory}/comb", "wb") as file:
-        for at in range(0, COMB_SIZE, 2 * PAGE):
-            os.pwrite(file.fileno(), b"x" * PAGE, at)
+        _comb(file.fileno(), 0, COMB_SIZE)
         file.truncate(COMB_SIZE)
+
+
+def _comb(fd: int, start: int, end: int) -> None:
+    for at in range(start, end, 2 * PAGE):
+        os.pwrite(fd, b"x" * PAGE, at)
 
 
 async def _serve(path: str, directory: str, limits: Limits) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 if TYPE_CHECKING:
@@ -38,13 +39,14 @@ class Authority:
     def revoke(self, directory: Path, certificate: Path) -> None:
         """Write the revocation of a certificate into a server's directory."""
         key = load_pem_private_key(self._ca.private_key_pem.bytes(), None)
+        assert isinstance(key, RSAPrivateKey)
         issuer = x509.load_pem_x509_certificate(self._ca.cert_pem.bytes()).subject
         revoked = x509.load_pem_x509_certificate(certificate.read_bytes()).serial_number
         now = dt.datetime(2000, 1, 1)  # noqa: DTZ001 - this version of cryptography takes naive times
         entry = x509.RevokedCertificateBuilder().serial_number(revoked).revocation_date(now).build()
         builder = x509.CertificateRevocationListBuilder().issuer_name(issuer).last_update(now)
         builder = builder.next_update(now.replace(year=2100)).add_revoked_certificate(entry)
-        crl = builder.sign(key, hashes.SHA256())  # type: ignore[arg-type]  # the key is RSA
+        crl = builder.sign(key, hashes.SHA256())
         (directory / "ca-crl.pem").write_bytes(crl.public_bytes(Encoding.PEM))
 
     def _write(self, directory: Path, role: str, leaf: trustme.LeafCert) -> None:

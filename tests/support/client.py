@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import select
 import socket
 import struct
 from typing import NamedTuple, Self
@@ -45,6 +46,7 @@ class NbdClient:
         """proto.md's transmission flags."""
         self._cookies = itertools.count(1)
         self._lengths: dict[int, int] = {}
+        self._received = bytearray()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout)
         try:
@@ -133,24 +135,36 @@ class NbdClient:
         self._socket.close()
 
     def _send(self, data: bytes) -> None:
+        """Send, and take what arrives meanwhile: a server need not read on while nobody takes its replies."""
+        rest = memoryview(data)
+        while rest:
+            readable, writable, _ = select.select([self._socket], [self._socket], [], self._socket.gettimeout())
+            if not readable and not writable:
+                raise TimeoutError("the server takes no more requests")
+            if readable:
+                self._take_more()
+            if writable:
+                try:
+                    rest = rest[self._socket.send(rest, socket.MSG_DONTWAIT) :]
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    raise LostError(str(error)) from error
+
+    def _receive(self, length: int) -> bytes:
+        while len(self._received) < length:
+            self._take_more()
+        data = bytes(self._received[:length])
+        del self._received[:length]
+        return data
+
+    def _take_more(self) -> None:
         try:
-            self._socket.sendall(data)
+            data = self._socket.recv(1 << 20)
         except TimeoutError:
             raise
         except OSError as error:
             raise LostError(str(error)) from error
-
-    def _receive(self, length: int) -> bytes:
-        buffer = bytearray(length)
-        view = memoryview(buffer)
-        while view:
-            try:
-                count = self._socket.recv_into(view)
-            except TimeoutError:
-                raise
-            except OSError as error:
-                raise LostError(str(error)) from error
-            if not count:
-                raise LostError("the server hung up")
-            view = view[count:]
-        return bytes(buffer)
+        if not data:
+            raise LostError("the server hung up")
+        self._received += data

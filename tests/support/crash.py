@@ -13,7 +13,6 @@ import itertools
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from nbdstream.block.qed.record import AUTOCLEAR_RECORD, Link, Record, read_reco
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Callable, Iterator, Sequence
 
     import pytest
 
@@ -223,16 +223,20 @@ class Image:
 
     def __init__(self, content: bytes, noted: Sequence[Link] = ()) -> None:
         self._content = content
+        table_size: int
+        header_size: int
+        l1_place: int
         fields = struct.unpack_from("<4sIIIQQQQQ", content)
-        self.cluster_size, table_size, header_size = fields[1:4]
-        if noted and not fields[6] & AUTOCLEAR_RECORD:
+        self.cluster_size, table_size, header_size, features, _, autoclear_features, l1_place, _ = fields[1:]
+        self.has_backing = bool(features & 1)
+        if noted and not autoclear_features & AUTOCLEAR_RECORD:
             raise DamagedError("there is a record, and the header does not say so")
-        self._table_bytes = table_size * self.cluster_size
-        self.entries = self._table_bytes // 8
+        self._table_bytes: int = table_size * self.cluster_size
+        self.entries: int = self._table_bytes // 8
         self._used = set(range(header_size))
         self.mapped: dict[int, int] = {}
         """Cluster to L2 entry, for all that are not unallocated."""
-        for index, place in enumerate(self._table(fields[7], "the L1 table")):
+        for index, place in enumerate(self._table(l1_place, "the L1 table")):
             if place:
                 entries = enumerate(self._table(place, f"L2 table {index}"), index * self.entries)
                 self.mapped.update((cluster, entry) for cluster, entry in entries if entry)
@@ -244,7 +248,8 @@ class Image:
     @property
     def unused(self) -> int:
         """How many clusters of the file nothing leads to."""
-        return len(self._content) // self.cluster_size - len(self._used)
+        clusters: int = len(self._content) // self.cluster_size
+        return clusters - len(self._used)
 
     def _table(self, place: int, what: str) -> Sequence[int]:
         self._take(place, self._table_bytes, what)
@@ -311,11 +316,13 @@ class Model:
 
     def _check(self, image: Image, moment: int, *, answered_before: int) -> None:
         per_cluster = image.cluster_size // SECTOR
-        mapped = {sector for c in image.mapped for sector in range(c * per_cluster, (c + 1) * per_cluster)}
-        for sector in mapped | self.history.keys():
+        looked_at = {sector for c in image.mapped for sector in range(c * per_cluster, (c + 1) * per_cluster)}
+        if not image.has_backing:
+            looked_at.update(range(len(self.below) // SECTOR))
+        for sector in looked_at | self.history.keys():
             found = image.read(sector)
             if found is None:
-                found = self._below(sector)
+                found = self._below(sector) if image.has_backing else bytes(SECTOR)
             if found not in self._allowed(sector, moment, answered_before):
                 raise DamagedError(f"at {moment}: sector {sector} reads {found[:16]!r}...")
 

@@ -1,8 +1,9 @@
 """A well-behaved client that measures its service: ``python -m tests.support.witness SOCKET OFFSET LENGTH``.
 
-It reads and writes in the range of the default export that is its own, one request at a time and never idle for long,
-and checks what it reads. It says ``at work`` when it has been served for a while, and at SIGTERM ends with a line of
-JSON on stdout: how many ``requests`` it made, the ``slowest`` and the ``median`` of them in seconds.
+It works in the range of the default export that is its own, one request at a time and never idle for long, and checks
+what it reads: it writes in the first half, and never in the second, which is a hole if it was one. It says ``at work``
+when it has been served for a while, and at SIGTERM ends with a line of JSON on stdout: how many ``requests`` it made,
+the ``slowest`` and the ``median`` of them in seconds.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ def main() -> None:
         content = bytearray(client.read(offset, length))
         while not stopped:
             size = choices.choice([512, 4096, 4096, 65536])
-            at = choices.randrange(0, length - size + 1)
+            half = choices.choice([0, 0, length // 2])
+            at = half + choices.randrange(0, length // 2 - size + 1)
             began = time.monotonic()
-            if choices.random() < 0.3:
+            if not half and choices.random() < 0.5:
                 content[at : at + size] = choices.randbytes(size)
                 client.write(offset + at, bytes(content[at : at + size]))
             else:

@@ -10,7 +10,8 @@ import pytest
 
 TREE = Path(__file__).parents[2]
 INSTALL = TREE / "scripts/install-units"
-UNITS = ["nbdstream-serve@.service", "nbdstream-stream@.service"]
+SERVICES = ["nbdstream-serve@.service", "nbdstream-stream@.service"]
+UNITS = [*SERVICES, "nbdstream-serve@.socket"]
 
 
 def install(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,8 +31,8 @@ def test_every_unit_is_installed_with_the_path_of_the_command(tmp_path: Path, co
     result = install("--root", str(tmp_path / "root"), "--command", str(command))
     folder = tmp_path / "root/etc/systemd/system"
     assert result.stdout.splitlines() == [str(folder / unit) for unit in UNITS]
-    assert sorted(path.name for path in folder.iterdir()) == UNITS
-    for unit in UNITS:
+    assert {path.name for path in folder.iterdir()} == set(UNITS)
+    for unit in SERVICES:
         assert f"\nExecStart={command} " in (folder / unit).read_text()
     assert (tmp_path / "root/etc/nbdstream").is_dir()
 
@@ -64,3 +65,9 @@ def test_nothing_is_installed_after_a_mistake(arguments: list[str], complaint: s
     assert result.returncode
     assert complaint in result.stderr
     assert not result.stdout
+
+
+def test_the_socket_lies_where_the_service_would_listen_on_its_own() -> None:
+    units = {unit: (TREE / "systemd" / unit).read_text() for unit in UNITS}
+    assert '\nEnvironment="OPTIONS=-U /run/nbdstream/%i.sock"\n' in units["nbdstream-serve@.service"]
+    assert "\nListenStream=/run/nbdstream/%i.sock\n" in units["nbdstream-serve@.socket"]

@@ -128,12 +128,12 @@ def test_list_has_one_reply_for_each_export() -> None:
     ]
 
 
-@pytest.mark.parametrize("number", [Opt.LIST, Opt.STRUCTURED_REPLY, Opt.STARTTLS])
+@pytest.mark.parametrize("number", [Opt.LIST, Opt.STRUCTURED_REPLY, Opt.STARTTLS, Opt.EXTENDED_HEADERS])
 def test_options_that_take_no_data_refuse_them(number: Opt) -> None:
     assert kinds(ask(haggling(), number, b"x")) == [Rep.ERR_INVALID]
 
 
-@pytest.mark.parametrize("number", [0, Opt.PEEK_EXPORT, Opt.EXTENDED_HEADERS, 12, 0xFFFFFFFF])
+@pytest.mark.parametrize("number", [0, Opt.PEEK_EXPORT, 12, 0xFFFFFFFF])
 def test_an_unknown_option_is_answered_and_the_stream_stays_in_step(number: int) -> None:
     negotiation = haggling()
     assert kinds(ask(negotiation, number, b"whatever" * 100)) == [Rep.ERR_UNSUP]

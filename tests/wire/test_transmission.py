@@ -9,8 +9,17 @@ from hypothesis import strategies as st
 
 from nbdstream.errors import ProtocolError
 from nbdstream.wire.export import Agreement, ExportInfo
-from nbdstream.wire.nbd import REQUEST, REQUEST_MAGIC, Cmd, CmdFlag, Err, TransmissionFlag
-from nbdstream.wire.transmission import Request, Transmission
+from nbdstream.wire.nbd import (
+    EXTENDED_REQUEST,
+    EXTENDED_REQUEST_MAGIC,
+    REQUEST,
+    REQUEST_MAGIC,
+    Cmd,
+    CmdFlag,
+    Err,
+    TransmissionFlag,
+)
+from nbdstream.wire.transmission import Request, Transmission, context_ids
 
 SIZE = 1 << 20
 FLAGS = (
@@ -24,6 +33,7 @@ FLAGS = (
 )
 DISK = ExportInfo("disk", SIZE, FLAGS)
 AGREED = Agreement(DISK, structured=True, contexts={1: "base:allocation"})
+EXTENDED = Agreement(DISK, extended=True, contexts={1: "base:allocation", 2: "qemu:allocation-depth"})
 
 
 def request(command: int, offset: int = 0, length: int = 0, *, flags: int = 0, cookie: int = 5) -> bytes:
@@ -32,6 +42,20 @@ def request(command: int, offset: int = 0, length: int = 0, *, flags: int = 0, c
 
 def write(offset: int, payload: bytes, *, flags: int = 0, cookie: int = 5) -> bytes:
     return request(Cmd.WRITE, offset, len(payload), flags=flags, cookie=cookie) + payload
+
+
+def extended(
+    command: int, offset: int = 0, length: int = 0, *, flags: int = 0, cookie: int = 5, payload: bytes | None = None
+) -> bytes:
+    """A request with an extended header; one with a payload says so, and how long it is."""
+    if payload is not None:
+        flags, length = flags | CmdFlag.PAYLOAD_LEN, len(payload)
+    return EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, length) + (payload or b"")
+
+
+def limited(length: int, *contexts: int) -> bytes:
+    """The payload of a BLOCK_STATUS that is limited to some contexts."""
+    return length.to_bytes(8, "big") + b"".join(number.to_bytes(4, "big") for number in contexts)
 
 
 def parse(data: bytes, agreement: Agreement = AGREED) -> list[Request]:
@@ -44,6 +68,14 @@ def refusal(data: bytes, agreement: Agreement = AGREED) -> Err | None:
     """The error that one request is refused with. The stream must be in step behind it."""
     first, second = parse(data + request(Cmd.FLUSH, cookie=99), agreement)
     assert (second.command, second.cookie, second.refusal) == (Cmd.FLUSH, 99, None)
+    return first.refusal.error if first.refusal else None
+
+
+def extended_refusal(data: bytes, agreement: Agreement = EXTENDED) -> Err | None:
+    """The error that one request with an extended header is refused with. The stream must be in step behind it."""
+    first, second = parse(data + extended(Cmd.FLUSH, cookie=99), agreement)
+    assert (second.command, second.cookie, second.refusal) == (Cmd.FLUSH, 99, None)
+    assert first.payload is None or not first.refusal
     return first.refusal.error if first.refusal else None
 
 
@@ -216,6 +248,108 @@ def test_a_wrong_magic_number_ends_the_connection() -> None:
         parse(bytes(REQUEST.size))
 
 
+# -- extended headers -----------------------------------------------------------------------------------------
+
+
+def test_extended_requests_have_lengths_of_64_bits() -> None:
+    agreement = replace(EXTENDED, export=replace(DISK, size=1 << 62))
+    data = extended(Cmd.READ, 4096, 8192) + extended(Cmd.WRITE, 512, flags=CmdFlag.FUA, payload=b"abc")
+    data += extended(Cmd.WRITE_ZEROES, 0, 1 << 62, flags=CmdFlag.NO_HOLE) + extended(Cmd.BLOCK_STATUS, 1, 1 << 61)
+    assert parse(data, agreement) == [
+        (Cmd.READ, 0, 5, 4096, 8192, None, None),
+        (Cmd.WRITE, CmdFlag.FUA | CmdFlag.PAYLOAD_LEN, 5, 512, 3, b"abc", None),
+        (Cmd.WRITE_ZEROES, CmdFlag.NO_HOLE, 5, 0, 1 << 62, None, None),
+        (Cmd.BLOCK_STATUS, 0, 5, 1, 1 << 61, None, None),
+    ]
+
+
+@pytest.mark.parametrize("command", [Cmd.READ, Cmd.TRIM, Cmd.CACHE, Cmd.WRITE_ZEROES, Cmd.BLOCK_STATUS])
+@pytest.mark.parametrize(("offset", "length"), [(SIZE, 1), (1, (1 << 64) - 1), ((1 << 64) - 1, (1 << 64) - 1)])
+def test_extended_bounds_do_not_wrap_around(command: Cmd, offset: int, length: int) -> None:
+    expected = Err.ENOSPC if command == Cmd.WRITE_ZEROES else Err.EINVAL
+    assert extended_refusal(extended(command, offset, length)) == expected
+
+
+@pytest.mark.parametrize(("data", "agreement"), [(request(Cmd.FLUSH), EXTENDED), (extended(Cmd.FLUSH), AGREED)])
+def test_the_headers_that_were_not_negotiated_end_the_connection(data: bytes, agreement: Agreement) -> None:
+    with pytest.raises(ProtocolError):
+        parse(data + bytes(100), agreement)
+
+
+def test_a_write_without_the_payload_flag_has_no_payload_and_is_refused() -> None:
+    assert extended_refusal(extended(Cmd.WRITE, 0, 512)) == Err.EINVAL
+
+
+@pytest.mark.parametrize("command", [Cmd.READ, Cmd.FLUSH, Cmd.TRIM, Cmd.CACHE, Cmd.WRITE_ZEROES, Cmd.RESIZE, 99])
+@pytest.mark.parametrize("length", [0, 1, 5000])
+def test_an_unexpected_payload_is_consumed_and_refused(command: int, length: int) -> None:
+    assert extended_refusal(extended(command, payload=b"x" * length)) == Err.EINVAL
+
+
+@pytest.mark.parametrize("command", [Cmd.READ, Cmd.WRITE, Cmd.BLOCK_STATUS, 99])
+def test_a_payload_above_the_maximum_ends_the_connection(command: int) -> None:
+    most = DISK.maximum_payload
+    assert parse(extended(command, 0, most, flags=CmdFlag.PAYLOAD_LEN), EXTENDED) == []
+    with pytest.raises(ProtocolError):
+        parse(extended(command, 0, most + 1, flags=CmdFlag.PAYLOAD_LEN), EXTENDED)
+
+
+def test_the_payload_flag_means_nothing_without_extended_headers() -> None:
+    assert refusal(write(0, b"data", flags=CmdFlag.PAYLOAD_LEN)) == Err.EINVAL
+    assert refusal(request(Cmd.BLOCK_STATUS, 0, 512, flags=CmdFlag.PAYLOAD_LEN)) == Err.EINVAL
+
+
+def test_a_read_above_the_maximum_payload_is_refused_with_eoverflow() -> None:
+    big = replace(EXTENDED, export=replace(DISK, size=1 << 62))
+    assert extended_refusal(extended(Cmd.READ, 0, DISK.maximum_payload), big) is None
+    assert extended_refusal(extended(Cmd.READ, 0, DISK.maximum_payload + 1), big) == Err.EOVERFLOW
+
+
+def test_block_status_can_be_limited_to_some_contexts() -> None:
+    (found,) = parse(extended(Cmd.BLOCK_STATUS, 512, flags=CmdFlag.REQ_ONE, payload=limited(4096, 2)), EXTENDED)
+    assert found == (Cmd.BLOCK_STATUS, CmdFlag.REQ_ONE, 5, 512, 4096, b"\0\0\0\2", None)
+    assert context_ids(b"\0\0\0\2\0\0\1\0") == (2, 256)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        limited(512),
+        limited(512, 1, 1),
+        limited(512, 3),
+        limited(512, 1, 3),
+        limited(512, 1, 2, 1),
+        limited(512, *range(1000)),
+        limited(512, 1)[:-1],
+        limited(0, 1),
+        limited(SIZE + 1, 1),
+        limited((1 << 64) - 1, 1),
+        b"",
+        b"x",
+    ],
+)
+def test_a_wrong_limit_of_block_status_is_consumed_and_refused(payload: bytes) -> None:
+    assert extended_refusal(extended(Cmd.BLOCK_STATUS, 0, payload=payload)) == Err.EINVAL
+
+
+def test_block_status_cannot_be_limited_where_no_context_was_negotiated() -> None:
+    assert extended_refusal(extended(Cmd.BLOCK_STATUS, 0, payload=limited(512, 1)), Agreement(DISK, extended=True)) == 22
+
+
+def test_extended_requests_are_refused_in_step_while_shutting_down() -> None:
+    transmission = Transmission(EXTENDED)
+    transmission.shut_down()
+    data = memoryview(
+        extended(Cmd.READ, 0, 1)
+        + extended(Cmd.WRITE, payload=b"data")
+        + extended(Cmd.BLOCK_STATUS, payload=limited(512, 1))
+        + extended(Cmd.DISC)
+    )
+    refusals = [fields[6] for fields in transmission.requests(data, 0, len(data))]
+    assert [refused.error if refused else None for refused in refusals] == [Err.ESHUTDOWN] * 3
+    assert transmission.finished
+
+
 # -- any portions, any bytes -------------------------------------------------------------------------------
 
 
@@ -260,6 +394,33 @@ REQUESTS = st.one_of(
     ),
     st.builds(write, st.sampled_from([0, 512, SIZE]), st.binary(max_size=60), flags=st.sampled_from([0, 0, 1, 2])),
 )
+
+
+EXTENDED_REQUESTS = st.one_of(
+    st.builds(
+        extended,
+        st.sampled_from([0, 0, 0, 2, 3, 4, 5, 6, 7, 8, 99]),
+        st.sampled_from([0, 512, SIZE - 512, SIZE, 1 << 63]),
+        st.sampled_from([0, 1, 512, 1 << 40, (1 << 64) - 1]),
+        flags=st.sampled_from([0, 0, 0, 1, 2, 4, 8, 16, 64]),
+        cookie=st.integers(0, (1 << 64) - 1),
+    ),
+    st.builds(
+        extended,
+        st.sampled_from([0, 1, 1, 1, 3, 7, 99]),
+        st.sampled_from([0, 512, SIZE]),
+        flags=st.sampled_from([0, 0, 1, 2]),
+        payload=st.one_of(st.binary(max_size=60), st.builds(limited, st.sampled_from([0, 1, 512]), st.integers(0, 3))),
+    ),
+)
+
+
+@given(stream=st.lists(EXTENDED_REQUESTS, max_size=12).map(b"".join), cuts=st.lists(st.integers(0, 500), max_size=10))
+def test_the_portions_make_no_difference_to_extended_requests(stream: bytes, cuts: list[int]) -> None:
+    whole = play([stream], EXTENDED)
+    assert play([stream[at : at + 1] for at in range(len(stream))], EXTENDED) == whole
+    edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    assert play([stream[a:b] for a, b in itertools.pairwise(edges)], EXTENDED) == whole
 
 
 @given(stream=st.lists(REQUESTS, max_size=12).map(b"".join), cuts=st.lists(st.integers(0, 500), max_size=10))

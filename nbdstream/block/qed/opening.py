@@ -194,33 +194,36 @@ def create_file(
     """Make a new image file; it and its directory entry are durable when this returns.
 
     With a backing file name, the image remembers in its extension where it came from. Raises ImageError: the geometry
-    or size is not possible, or the file exists or cannot be made. What cannot be finished is removed.
+    or size is not possible, or the file exists or cannot be made; nothing is left behind then.
     """
     header = Header.new(size, cluster_size=cluster_size, table_size=table_size, backing_name=backing_name)
     extension = Extension.new(backing_name or "", origin_size)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _make(directory, os.path.basename(path), lambda fd: _write_new(fd, header, extension, backing_name))
+        finally:
+            os.close(directory)
     except OSError as error:
         raise ImageError(f"{path}: cannot be made: {error.strerror}") from error
+
+
+def _make(directory: int, name: str, write: Callable[[int], None]) -> None:
+    """Make a file that has its name only when it is complete and durable: a crash leaves it whole, or not at all."""
+    fd = os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=directory)
     try:
-        # A full disk is found out now, not later.
-        os.posix_fallocate(fd, 0, header.l1_table_offset + header.geometry.table_bytes)
-        pwrite_all(fd, extension.pack(), EXTENSION_OFFSET)
-        if backing_name:
-            pwrite_all(fd, encode_backing_name(backing_name), header.backing_filename_offset)
-        pwrite_all(fd, header.pack(), 0)
+        write(fd)
         os.fsync(fd)
-        _sync_directory(path)
-    except OSError as error:
-        os.unlink(path)
-        raise ImageError(f"{path}: cannot be made: {error.strerror}") from error
+        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
+        os.fsync(directory)
     finally:
         os.close(fd)
 
 
-def _sync_directory(path: str) -> None:
-    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _write_new(fd: int, header: Header, extension: Extension, backing_name: str | None) -> None:
+    # A full disk is found out now, not later.
+    os.posix_fallocate(fd, 0, header.l1_table_offset + header.geometry.table_bytes)
+    pwrite_all(fd, extension.pack(), EXTENSION_OFFSET)
+    if backing_name:
+        pwrite_all(fd, encode_backing_name(backing_name), header.backing_filename_offset)
+    pwrite_all(fd, header.pack(), 0)

@@ -11,7 +11,7 @@ from nbdstream.server.limits import Limits
 from nbdstream.wire.nbd import REQUEST, Cmd, Err, ReplyType
 from tests.server.raw_client import RawClient, request, write_request
 from tests.support.attacked import DISK_BYTES, Attacked, until
-from tests.support.attacked_server import COMB_SIZE, HUGE_SIZE, NUMBERS, PAGE
+from tests.support.attacked_server import COMB_SIZE, DISK_COMB_END, HUGE_SIZE, NUMBERS, PAGE
 
 MIB = 1 << 20
 HUGE = 0xFFFFFFFF
@@ -103,7 +103,15 @@ async def test_reads_of_64_mib_let_others_have_their_turn(attacked: Attacked) ->
     await asyncio.gather(*map(flood, clients))
 
 
-async def test_cache_of_a_whole_disk_lets_others_have_their_turn(attacked: Attacked) -> None:
+async def test_cache_of_a_whole_disk_by_the_hundred_lets_others_have_their_turn(attacked: Attacked) -> None:
+    clients = [await attacked.open() for _ in range(10)]
+    for client in clients:
+        client.send(request(Cmd.CACHE, 1, 0, client.size) * 10)
+    for client in clients:
+        assert {(await client.reply()).error for _ in range(10)} == {0}
+
+
+async def test_cache_of_almost_4_gib_lets_others_have_their_turn(attacked: Attacked) -> None:
     client = await attacked.open("huge")
     client.send(b"".join(request(Cmd.CACHE, cookie, HUGE_SIZE - HUGE, HUGE) for cookie in range(8)))
     assert [(await client.reply()).error for _ in range(8)] == [0] * 8
@@ -132,6 +140,15 @@ async def test_an_image_of_holes_between_every_two_pages_is_described_in_bounded
         extents = list(struct.iter_unpack("!II", chunk.payload[4:]))
         assert extents[:2] == [(PAGE, 0), (PAGE, 3)]
         assert len(extents) <= 1 << 20
+
+
+async def test_questions_for_extents_by_the_thousand_let_others_have_their_turn(attacked: Attacked) -> None:
+    clients = [await attacked.open(structured=True, contexts=["base:allocation"]) for _ in range(10)]
+    wanted = 100
+    for client in clients:
+        client.send(request(Cmd.BLOCK_STATUS, 1, len(NUMBERS), DISK_COMB_END - len(NUMBERS)) * wanted)
+    for client in clients:
+        assert {(await client.reply()).type for _ in range(wanted)} == {ReplyType.BLOCK_STATUS}
 
 
 async def test_a_request_that_comes_byte_by_byte_keeps_nobody_waiting(attacked: Attacked) -> None:
