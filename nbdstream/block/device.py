@@ -98,7 +98,7 @@ class BlockDevice(ABC):
 def zero_buffers(length: int) -> list[Buffer]:
     """Return buffers that together hold ``length`` zero bytes."""
     whole, rest = divmod(length, len(ZEROES))
-    return [ZEROES] * whole + ([ZEROES[:rest]] if rest else [])
+    return [*[ZEROES] * whole, ZEROES[:rest]] if rest else [ZEROES] * whole
 
 
 def is_zeroes(buffer: Buffer) -> bool:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 from nbdstream.block.device import ZEROES, BlockDevice, Buffer, WriteDone, read_only_error, zero_buffers
 from nbdstream.block.qed.tables import UNALLOCATED, ZERO
+from nbdstream.block.qed.tidy import tidy
 from nbdstream.extents import Extent, ExtentFlags, merge
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 _EXTENTS_AT_ONCE = 1024
 """Extents that one call returns at most; a reply of more helps nobody, and the loop must not stand still."""
+
+_MOST_TIDIED = 256 << 20
+"""Bytes that are moved when an image is closed: a clean image is worth a second, not a minute."""
 
 _CLUSTERS_AT_ONCE = 512
 """Clusters changed before others get a turn on the loop."""
@@ -419,8 +423,12 @@ class Overlay(BlockDevice):
         return [extent._replace(depth=extent.depth + 1 if extent.depth else 0) for extent in extents]
 
     async def close(self) -> None:
-        """Close the image, and what is below."""
-        await self.image.close()
+        """Close the image, and what is below. A clean end leaves no leaks, unless there is much to move for that."""
+        image = self.image
+        if not self.read_only and not image.failed and sum(run for _, run in image.free_runs) <= _MOST_TIDIED:
+            with suppress(OSError):  # a full disk; leaks do no harm
+                await tidy(image, self, fill=self.below is None)
+        await image.close()
         if self.below:
             await self.below.close()
 

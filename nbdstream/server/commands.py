@@ -26,7 +26,7 @@ _CACHE_STEP: Final = 1 << 20
 """Bytes that CACHE holds at a time, however much it was asked for."""
 
 _RANGE_STEP: Final = 1 << 30
-"""Bytes that a device is asked to zero or to forget at a time: others get their turn, and the end of the server its own."""
+"""Bytes that a device is asked to zero or to forget at a time, so that others get their turn."""
 
 _ERRORS: Final = {
     errno.EPERM: Err.EPERM,
@@ -168,9 +168,7 @@ class Commands:
         only_one = bool(request.flags & CmdFlag.REQ_ONE)
         numbers = self._contexts.keys() if request.payload is None else context_ids(request.payload)
         extents = await self._device.extents(request.offset, request.length)
-        status = {
-            number: descriptors(self._contexts[number], extents, only_one=only_one) for number in numbers
-        }
+        status = {number: descriptors(self._contexts[number], extents, only_one=only_one) for number in numbers}
         return [self._replies.block_status(request.cookie, request.offset, status)]
 
 

@@ -181,7 +181,7 @@ class Handshake(asyncio.Protocol):
         self._transport = transport
         self._securing = None
         self._names = common_names(transport.get_extra_info("ssl_object"))
-        self._negotiation = self._negotiation.secured()
+        self._negotiation.secure()
 
     def _export(self, info: ExportInfo) -> Export:
         return next(export for export in self._host.exports if export.info is info)

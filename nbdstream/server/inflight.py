@@ -49,8 +49,8 @@ class InFlight:
         """Whether a request may join. One alone always may, however long it is."""
         if not self.requests:
             return True
-        limits = self._limits
-        return self.requests < limits.requests_in_flight and self._bytes + _held_bytes(request) <= limits.bytes_in_flight
+        limits, held = self._limits, self._bytes + _held_bytes(request)
+        return self.requests < limits.requests_in_flight and held <= limits.bytes_in_flight
 
     def start(self, request: Request) -> None:
         """Begin a valid request; its reply comes later, never before this returns."""

@@ -138,7 +138,7 @@ class DiskStream:
             await asyncio.wait([self._running])
         if self._source:
             await self._source.close()
-        await self.overlay.image.close()
+        await self.overlay.close()
 
 
 def _parse(source: str) -> NbdUri:

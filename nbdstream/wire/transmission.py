@@ -49,7 +49,7 @@ class Request(NamedTuple):
     offset: int
     length: int
     payload: Buffer | None
-    """What WRITE brought, or the ids of the contexts that BLOCK_STATUS is limited to (see :func:`context_ids`); None for
+    """What WRITE brought, or the ids of the contexts that BLOCK_STATUS is limited to (:func:`context_ids`); None for
     everything else, and for whatever is refused."""
     refusal: Refusal | None
 

@@ -70,7 +70,7 @@ def listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[[str, str], tuple[str, ...]]] = {
     "info": lambda uri, _: ("info", uri),
     "map": lambda uri, _: ("map", uri),
     "create": lambda uri, overlay: ("create", overlay, "--backing", uri),

@@ -6,8 +6,8 @@ Each target takes one input and raises AssertionError where the core breaks its 
 - it keeps no more than one option, and of requests nothing at all;
 - it comes to the same result however the bytes are cut into portions.
 
-An input's first byte chooses the server and the agreement, its second one of the ways to cut; what follows is what the
-client sends.
+An input's first byte chooses the server or the agreement, its second one of the ways to cut; what follows is what the
+client sends: :func:`negotiation` and :func:`requests` tell which bits choose what.
 """
 
 from __future__ import annotations
@@ -16,9 +16,20 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nbdstream.errors import ProtocolError
 from nbdstream.wire.export import Agreement, ExportInfo
-from nbdstream.wire.nbd import OPTION, OPTION_REPLY, REP_MAGIC, TransmissionFlag
-from nbdstream.wire.negotiation import MAXIMUM_OPTION, Negotiation, Phase
-from nbdstream.wire.transmission import Request, Transmission
+from nbdstream.wire.nbd import (
+    EXTENDED_REQUEST,
+    IHAVEOPT,
+    OPTION,
+    OPTION_REPLY,
+    REP_MAGIC,
+    REQUEST,
+    STATUS_PAYLOAD,
+    Cmd,
+    Opt,
+    TransmissionFlag,
+)
+from nbdstream.wire.negotiation import MAXIMUM_OPTION, Negotiation, Phase, Tls
+from nbdstream.wire.transmission import Request, Transmission, context_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,9 +43,10 @@ _WRITABLE: Final = (
 )
 _CONTEXTS: Final = ("base:allocation", "qemu:allocation-depth")
 _DISK: Final = ExportInfo("disk", 1 << 20, _FLAGS | _WRITABLE, "a disk", contexts=_CONTEXTS)
+_SMALL: Final = ExportInfo("größe", 4096, _FLAGS | TransmissionFlag.READ_ONLY, "a secret", minimum_block=512)
 _EXPORTS: Final = [
     _DISK,
-    ExportInfo("größe", 4096, _FLAGS | TransmissionFlag.READ_ONLY, minimum_block=512),
+    _SMALL,
     ExportInfo("empty", 0, _FLAGS),
 ]
 
@@ -44,6 +56,10 @@ _KEPT_AT_MOST: Final = MAXIMUM_OPTION + OPTION.size
 
 _HEAD: Final = 2
 """Bytes of an input that the client does not send."""
+
+_NOBODY, _TLS, _HIDDEN = 1, 6, 8
+_TLS_REQUIRED: Final = 4
+_TLS_MODES: Final = {0: Tls.OFF, 2: Tls.OFFERED, _TLS_REQUIRED: Tls.REQUIRED}
 
 
 class _Haggled(NamedTuple):
@@ -61,24 +77,37 @@ class _Asked(NamedTuple):
 
     requests: list[Request]
     left: int
-    """Bytes that are neither part of a request nor thrown away: an incomplete header or payload."""
+    """Bytes of a request that is not complete, whether they are kept or thrown away."""
     finished: bool
     error: str | None
 
 
 def negotiation(data: bytes) -> None:
-    """Option haggling, from the client flags on."""
+    """Option haggling, from the client flags on.
+
+    Bit 0: nobody is admitted. Bits 1 and 2: TLS is off, offered, required, or active (then the client flags are
+    behind). Bit 3: one of the exports is not for this client.
+    """
     if len(data) < _HEAD:
         return
-    whole, *others = [_haggle(portions, admits=not data[0] & 1) for portions in _ways_to_cut(data[1], data[_HEAD:])]
+    whole, *others = [_haggle(portions, data[0]) for portions in _ways_to_cut(data[1], data[_HEAD:])]
     for other in others:
         assert other == whole, f"{other} is not {whole}"
     _check_replies(whole.sent)
     assert (whole.phase is Phase.TRANSMISSION) == (whole.agreement is not None)
+    if whole.agreement:
+        assert not data[0] & _NOBODY, "somebody was let in"
+        assert data[0] & _TLS != _TLS_REQUIRED, "an export was opened in plain text"
+        assert not (data[0] & _HIDDEN and whole.agreement.export is _SMALL), "the export is for others"
+    if data[0] & _HIDDEN:
+        assert _SMALL.description.encode() not in whole.sent, "the export is for others to know"
 
 
 def requests(data: bytes) -> None:
-    """The transmission phase, from its first request on."""
+    """The transmission phase, from its first request on.
+
+    Bits 0 and 1: the export. Bit 2: structured replies. Bit 3: contexts, if there may be any. Bit 4: extended headers.
+    """
     if len(data) < _HEAD:
         return
     agreement = _agreement(data[0])
@@ -87,6 +116,9 @@ def requests(data: bytes) -> None:
         assert other == whole, f"{other} is not {whole}"
     for request in whole.requests:
         _check_request(request, agreement)
+    if not (agreement.extended or whole.finished or whole.error):
+        # Every byte belongs to one request, and to no other.
+        assert sum(map(_bytes_of, whole.requests)) + whole.left == len(data) - _HEAD
 
 
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {"negotiation": negotiation, "requests": requests}
@@ -111,8 +143,25 @@ def _uneven(seed: int, stream: bytes) -> Iterator[bytes]:
 # -- negotiation --------------------------------------------------------------------------------------------
 
 
-def _haggle(portions: Iterator[bytes], *, admits: bool) -> _Haggled:
-    core = Negotiation(_EXPORTS, admit=lambda _export: None if admits else "full")
+def _negotiation(choice: int) -> Negotiation:
+    core = Negotiation(
+        _EXPORTS,
+        admit=lambda _export: "full" if choice & _NOBODY else None,
+        permit=lambda export: not (choice & _HIDDEN and export is _SMALL),
+        tls=_TLS_MODES.get(choice & _TLS, Tls.OFFERED),
+    )
+    if choice & _TLS not in _TLS_MODES:
+        core.receive(b"\0\0\0\3" + OPTION.pack(IHAVEOPT, Opt.STRUCTURED_REPLY, 0))
+        phase = core.receive(OPTION.pack(IHAVEOPT, Opt.STARTTLS, 0))
+        assert phase is Phase.STARTTLS
+        core.data_to_send()
+        core.secure()
+        assert not core.data_to_send()
+    return core
+
+
+def _haggle(portions: Iterator[bytes], choice: int) -> _Haggled:
+    core = _negotiation(choice)
     sent = bytearray(core.data_to_send())
     error = None
     received = 0
@@ -134,12 +183,14 @@ def _haggle(portions: Iterator[bytes], *, admits: bool) -> _Haggled:
 
 def _check_replies(sent: bytes) -> None:
     """Every reply is complete and none is longer than a client has to take, up to the answer to EXPORT_NAME."""
-    at = 18
+    at = 18 if sent.startswith(b"NBDMAGIC") else 0
     while at + 8 <= len(sent) and int.from_bytes(sent[at : at + 8], "big") == REP_MAGIC:
         _, _, _, length = OPTION_REPLY.unpack_from(sent, at)
         at += OPTION_REPLY.size + length
     assert len(sent) - at in (0, 10, 134), "an option's reply is torn"
 
+
+_LONGEST_HEAD: Final = EXTENDED_REQUEST.size + STATUS_PAYLOAD.size + 4 * len(_CONTEXTS)
 
 # -- requests -----------------------------------------------------------------------------------------------
 
@@ -147,8 +198,9 @@ def _check_replies(sent: bytes) -> None:
 def _agreement(choice: int) -> Agreement:
     export = _EXPORTS[choice & 3] if choice & 3 < len(_EXPORTS) else _DISK
     structured = bool(choice & 4)
-    contexts = dict(enumerate(_CONTEXTS, start=1)) if structured and choice & 8 else {}
-    return Agreement(export, structured=structured, contexts=contexts)
+    extended = bool(choice & 16)
+    contexts = dict(enumerate(_CONTEXTS, start=1)) if (structured or extended) and choice & 8 else {}
+    return Agreement(export, structured=structured, extended=extended, contexts=contexts)
 
 
 def _ask(portions: Iterator[bytes], agreement: Agreement) -> _Asked:
@@ -177,11 +229,21 @@ def _ask(portions: Iterator[bytes], agreement: Agreement) -> _Asked:
                 if not waiting:
                     break
                 payload = bytearray()
-            # Only the payload of a WRITE that will be done is kept, and the beginning of a header.
-            assert waiting or len(kept) < 28
+            # Only the payload of a WRITE that will be done is kept, the beginning of a header, or a list of contexts.
+            assert waiting or len(kept) < _LONGEST_HEAD
     except ProtocolError as raised:
         return _Asked(asked, 0, finished=False, error=str(raised))
-    return _Asked(asked, len(kept) + len(payload or b""), core.finished, None)
+    left = len(kept)
+    if waiting and payload is not None:
+        left += REQUEST.size + len(payload)
+    if core._skipped:
+        left += REQUEST.size + Request._make(core._skipped).length - core._skip
+    return _Asked(asked, left, core.finished, None)
+
+
+def _bytes_of(request: Request) -> int:
+    """How much of a stream a request with a compact header is."""
+    return REQUEST.size + (request.length if request.command == Cmd.WRITE else 0)
 
 
 def _check_request(request: Request, agreement: Agreement) -> None:
@@ -191,12 +253,20 @@ def _check_request(request: Request, agreement: Agreement) -> None:
         assert payload is None
         return
     export = agreement.export
-    assert 0 <= command <= 7
-    assert command != 2, "DISC is no request to answer"
+    assert command in set(Cmd) - {Cmd.DISC, Cmd.RESIZE}
     assert offset + length <= export.size
     assert (offset | length) % export.minimum_block == 0
-    assert (payload is not None) == (command == 1)
-    if payload is not None:
+    if command == Cmd.WRITE:
+        assert payload is not None
         assert len(payload) == length <= export.maximum_payload
-    if export.flags & TransmissionFlag.READ_ONLY:
-        assert command not in (1, 4, 6)
+    elif command == Cmd.BLOCK_STATUS and payload is not None:
+        numbers = context_ids(payload)
+        assert agreement.extended
+        assert numbers
+        assert sorted(set(numbers)) == sorted(numbers)
+        assert set(numbers) <= set(agreement.contexts)
+    else:
+        assert payload is None
+    assert not (export.flags & TransmissionFlag.READ_ONLY and command in (Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES))
+    assert command != Cmd.BLOCK_STATUS or (length and agreement.contexts)
+    assert command != Cmd.READ or length <= export.maximum_payload

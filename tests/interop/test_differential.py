@@ -75,10 +75,11 @@ class Case(NamedTuple):
         return self.ours.error, self.theirs.error
 
     def __str__(self) -> str:
-        lines = [f"{self.way}: {self.asked}"]
-        for answer in (self.ours, self.theirs):
-            lines.append(f"error {answer.error} closed {answer.closed} {len(answer.data)} bytes {answer.extents[:8]}")
-        return "\n  ".join(lines)
+        said = (
+            f"error {answer.error} closed {answer.closed} {len(answer.data)} bytes {answer.extents[:8]}"
+            for answer in (self.ours, self.theirs)
+        )
+        return "\n  ".join([f"{self.way}: {self.asked}", *said])
 
 
 class Difference(NamedTuple):

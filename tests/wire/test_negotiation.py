@@ -22,7 +22,7 @@ from nbdstream.wire.nbd import (
     Rep,
     TransmissionFlag,
 )
-from nbdstream.wire.negotiation import ABSURD_OPTION, MAXIMUM_OPTION, MAXIMUM_OPTIONS, Negotiation, Phase
+from nbdstream.wire.negotiation import ABSURD_OPTION, MAXIMUM_OPTION, MAXIMUM_OPTIONS, Negotiation, Phase, Tls
 
 FLAGS = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH
 DISK = ExportInfo("disk", 123456789, FLAGS, "a disk", contexts=("base:allocation", "qemu:allocation-depth"))
@@ -254,6 +254,187 @@ def test_selected_contexts_are_void_for_another_export_and_hold_for_the_default_
     assert contexts_after_go(negotiation, "") == ["base:allocation"]
 
 
+# -- extended headers -----------------------------------------------------------------------------------------
+
+
+def extended() -> Negotiation:
+    negotiation = haggling()
+    assert ask(negotiation, Opt.EXTENDED_HEADERS) == [(Rep.ACK, b"")]
+    return negotiation
+
+
+def told_flags(negotiation: Negotiation, number: Opt = Opt.INFO, name: str = "disk") -> TransmissionFlag:
+    _, _, flags = struct.unpack("!HQH", ask(negotiation, number, info_data(name))[0][1])
+    return TransmissionFlag(flags)
+
+
+def test_extended_headers_are_agreed_with_or_without_structured_replies_before() -> None:
+    for first in ([], [Opt.STRUCTURED_REPLY]):
+        negotiation = haggling()
+        for number in [*first, Opt.EXTENDED_HEADERS, Opt.EXTENDED_HEADERS]:
+            assert kinds(ask(negotiation, number)) == [Rep.ACK]
+        ask(negotiation, Opt.GO, info_data("disk"))
+        assert negotiation.agreement is not None
+        assert negotiation.agreement.extended
+
+
+def test_extended_headers_bring_df_and_with_contexts_the_payload_of_block_status() -> None:
+    negotiation = extended()
+    assert told_flags(negotiation) == FLAGS | TransmissionFlag.SEND_DF
+    assert kinds(select(negotiation, "base:allocation"))[-1] == Rep.ACK
+    assert told_flags(negotiation, name="other") & TransmissionFlag.BLOCK_STATUS_PAYLOAD == 0
+    both = FLAGS | TransmissionFlag.SEND_DF | TransmissionFlag.BLOCK_STATUS_PAYLOAD
+    assert told_flags(negotiation) == both
+    assert told_flags(negotiation, Opt.GO) == both
+
+
+def test_there_is_no_way_back_from_extended_headers_to_structured_replies() -> None:
+    negotiation = extended()
+    assert kinds(ask(negotiation, Opt.STRUCTURED_REPLY)) == [Rep.ERR_EXT_HEADER_REQD]
+    assert kinds(ask(negotiation, Opt.STRUCTURED_REPLY, b"x")) == [Rep.ERR_INVALID]
+
+
+def test_export_name_behind_extended_headers_ends_the_connection() -> None:
+    with pytest.raises(ProtocolError):
+        extended().receive(option(Opt.EXPORT_NAME, b"disk"))
+
+
+# -- TLS ------------------------------------------------------------------------------------------------------
+
+PRIVATE = replace(OTHER, name="private")
+BOTH = [DISK, PRIVATE]
+
+
+def guarded(mode: Tls, *, everything: bool = False) -> Negotiation:
+    """A server that shows the private export to some clients only; ``everything``: to this one."""
+    negotiation = Negotiation(BOTH, tls=mode, permit=lambda export: everything or export is DISK)
+    negotiation.receive(struct.pack("!I", 3))
+    negotiation.data_to_send()
+    return negotiation
+
+
+def upgraded(negotiation: Negotiation) -> Negotiation:
+    assert ask(negotiation, Opt.STARTTLS) == [(Rep.ACK, b"")]
+    negotiation.secure()
+    return negotiation
+
+
+OTHERS = [*(number for number in Opt if number not in (Opt.EXPORT_NAME, Opt.ABORT, Opt.STARTTLS)), 99]
+
+
+@pytest.mark.parametrize("number", OTHERS)
+@pytest.mark.parametrize("data", [b"", b"x", bytes(MAXIMUM_OPTION + 1), info_data("disk"), info_data("none")])
+def test_where_tls_is_required_every_other_option_is_told_so(number: int, data: bytes) -> None:
+    negotiation = guarded(Tls.REQUIRED)
+    assert kinds(ask(negotiation, number, data)) == [Rep.ERR_TLS_REQD]
+    assert kinds(ask(negotiation, Opt.STARTTLS)) == [Rep.ACK]
+
+
+def test_where_tls_is_required_abort_is_still_acknowledged() -> None:
+    assert kinds(ask(guarded(Tls.REQUIRED), Opt.ABORT)) == [Rep.ACK]
+
+
+@pytest.mark.parametrize("flags", [0, 3])
+def test_where_tls_is_required_export_name_ends_the_connection(flags: int) -> None:
+    negotiation = Negotiation(EXPORTS, tls=Tls.REQUIRED)
+    negotiation.receive(struct.pack("!I", flags))
+    with pytest.raises(ProtocolError):
+        negotiation.receive(option(Opt.EXPORT_NAME, b"disk"))
+
+
+@pytest.mark.parametrize("mode", [Tls.OFFERED, Tls.REQUIRED])
+def test_starttls_is_acknowledged_and_haggling_waits_for_tls(mode: Tls) -> None:
+    negotiation = guarded(mode)
+    assert kinds(ask(negotiation, Opt.STARTTLS, b"x")) == [Rep.ERR_INVALID]
+    assert negotiation.phase is Phase.OPTIONS
+    assert ask(negotiation, Opt.STARTTLS) == [(Rep.ACK, b"")]
+    assert negotiation.phase is Phase.STARTTLS
+
+
+@pytest.mark.parametrize("pieces", [(0, 32), (0, 16, 32), (0, 31, 32)])
+def test_plain_text_behind_starttls_ends_the_connection(pieces: tuple[int, ...]) -> None:
+    negotiation = guarded(Tls.OFFERED)
+    stream = option(Opt.STARTTLS) + option(Opt.STRUCTURED_REPLY)
+    portions = [stream[start:end] for start, end in itertools.pairwise(pieces)]
+    with pytest.raises(ProtocolError, match="plain text"):
+        list(map(negotiation.receive, portions))
+
+
+def test_nothing_that_was_said_in_plain_text_holds_inside_tls() -> None:
+    negotiation = guarded(Tls.OFFERED)
+    ask(negotiation, Opt.STRUCTURED_REPLY)
+    select(negotiation, "base:allocation")
+    ask(negotiation, Opt.EXTENDED_HEADERS)
+    secured = upgraded(negotiation)
+    assert secured.data_to_send() == b""
+    assert secured.phase is Phase.OPTIONS
+    assert kinds(select(secured, "base:allocation")) == [Rep.ERR_INVALID]
+    ask(secured, Opt.GO, info_data("disk"))
+    assert secured.agreement is not None
+    assert (secured.agreement.structured, secured.agreement.extended, secured.agreement.contexts) == (False, False, {})
+
+
+def test_inside_tls_options_go_on_being_counted() -> None:
+    negotiation = Negotiation(EXPORTS, tls=Tls.REQUIRED, maximum_options=3)
+    negotiation.receive(struct.pack("!I", 1))
+    negotiation.data_to_send()
+    ask(negotiation, Opt.LIST)
+    secured = upgraded(negotiation)
+    ask(secured, Opt.LIST)
+    with pytest.raises(ProtocolError, match="more than 3"):
+        secured.receive(option(Opt.LIST))
+
+
+def test_inside_tls_the_client_flags_hold() -> None:
+    negotiation = Negotiation(EXPORTS, tls=Tls.REQUIRED)
+    negotiation.receive(struct.pack("!I", 1))
+    negotiation.data_to_send()
+    secured = upgraded(negotiation)
+    secured.receive(option(Opt.EXPORT_NAME, b"disk"))
+    assert len(secured.data_to_send()) == 134
+
+
+def test_tls_inside_tls_is_refused() -> None:
+    negotiation = guarded(Tls.OFFERED)
+    ask(negotiation, Opt.STARTTLS)
+    negotiation.secure()
+    assert kinds(ask(negotiation, Opt.STARTTLS)) == [Rep.ERR_INVALID]
+
+
+def test_where_tls_is_offered_what_is_not_permitted_is_hidden_and_needs_it() -> None:
+    negotiation = guarded(Tls.OFFERED)
+    assert kinds(ask(negotiation, Opt.LIST)) == [Rep.SERVER, Rep.ACK]
+    for name in ("private", "none"):
+        assert kinds(ask(negotiation, Opt.INFO, info_data(name))) == [Rep.ERR_TLS_REQD]
+        assert kinds(ask(negotiation, Opt.GO, info_data(name))) == [Rep.ERR_TLS_REQD]
+        assert kinds(ask(negotiation, Opt.LIST_META_CONTEXT, meta_data(name))) == [Rep.ERR_UNKNOWN]
+    with pytest.raises(ProtocolError):
+        negotiation.receive(option(Opt.EXPORT_NAME, b"private"))
+    assert kinds(ask(guarded(Tls.OFFERED), Opt.GO, info_data("disk")))[-1] == Rep.ACK
+
+
+def test_where_tls_is_offered_and_nothing_is_hidden_an_unknown_export_is_called_unknown() -> None:
+    assert kinds(ask(guarded(Tls.OFFERED, everything=True), Opt.INFO, info_data("none"))) == [Rep.ERR_UNKNOWN]
+
+
+def test_inside_tls_what_is_not_permitted_is_hidden_and_against_the_policy() -> None:
+    negotiation = guarded(Tls.REQUIRED)
+    secured = upgraded(negotiation)
+    assert kinds(ask(secured, Opt.LIST)) == [Rep.SERVER, Rep.ACK]
+    for number, data in (
+        (Opt.INFO, info_data("private")),
+        (Opt.GO, info_data("private")),
+        (Opt.LIST_META_CONTEXT, meta_data("private")),
+    ):
+        assert kinds(ask(secured, number, data)) == [Rep.ERR_POLICY]
+    assert kinds(ask(secured, Opt.GO, info_data("none"))) == [Rep.ERR_UNKNOWN]
+    with pytest.raises(ProtocolError):
+        secured.receive(option(Opt.EXPORT_NAME, b"private"))
+
+
+# -- what is too much, and what comes behind --------------------------------------------------------------------
+
+
 def test_an_option_that_is_too_long_is_skipped_and_answered() -> None:
     negotiation = haggling()
     assert kinds(ask(negotiation, Opt.INFO, bytes(MAXIMUM_OPTION + 1))) == [Rep.ERR_TOO_BIG]
@@ -285,7 +466,7 @@ def test_what_follows_go_is_left_for_the_transmission_phase() -> None:
 
 OPTIONS = st.one_of(
     st.builds(option, st.integers(0, 12), st.binary(max_size=40)),
-    st.builds(option, st.sampled_from([2, 3, 5, 8])),
+    st.builds(option, st.sampled_from([2, 3, 5, 5, 8, 11])),
     st.builds(
         lambda number, name, items: option(number, info_data(name, *items)),
         st.sampled_from([6, 6, 6, 7]),
@@ -307,8 +488,8 @@ STREAMS = st.builds(
 )
 
 
-def outcome(pieces: list[bytes]) -> tuple[bytes, Phase, object, bytes, bool]:
-    negotiation = Negotiation(EXPORTS)
+def outcome(pieces: list[bytes], mode: Tls = Tls.OFF) -> tuple[bytes, Phase, object, bytes, bool]:
+    negotiation = Negotiation(EXPORTS, tls=mode, permit=lambda export: export is DISK)
     sent = b""
     broken = False
     try:
@@ -322,13 +503,13 @@ def outcome(pieces: list[bytes]) -> tuple[bytes, Phase, object, bytes, bool]:
     return sent, negotiation.phase, negotiation.agreement, rest, broken
 
 
-@given(stream=STREAMS, cuts=st.lists(st.integers(0, 400), max_size=10))
-@example(stream=struct.pack("!I", 3) + option(Opt.GO, info_data("disk")) + b"more", cuts=[3, 21])
-def test_the_portions_in_which_bytes_arrive_make_no_difference(stream: bytes, cuts: list[int]) -> None:
-    whole = outcome([stream])
-    assert outcome([stream[at : at + 1] for at in range(len(stream))]) == whole
+@given(stream=STREAMS, cuts=st.lists(st.integers(0, 400), max_size=10), mode=st.sampled_from(Tls))
+@example(stream=struct.pack("!I", 3) + option(Opt.GO, info_data("disk")) + b"more", cuts=[3, 21], mode=Tls.OFF)
+def test_the_portions_in_which_bytes_arrive_make_no_difference(stream: bytes, cuts: list[int], mode: Tls) -> None:
+    whole = outcome([stream], mode)
+    assert outcome([stream[at : at + 1] for at in range(len(stream))], mode) == whole
     edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
-    assert outcome([stream[a:b] for a, b in itertools.pairwise(edges)]) == whole
+    assert outcome([stream[a:b] for a, b in itertools.pairwise(edges)], mode) == whole
 
 
 @given(pieces=st.lists(st.binary(max_size=100), max_size=20))

@@ -40,9 +40,7 @@ class Chunk(Protocol):
     def __call__(self, kind: int, payload: bytes, *, done: bool = True, announced: int | None = None) -> bytes: ...
 
 
-BOTH = pytest.mark.parametrize(
-    ("replies", "chunk"), [(StructuredReplies(), structured), (ExtendedReplies(), extended)]
-)
+BOTH = pytest.mark.parametrize(("replies", "chunk"), [(StructuredReplies(), structured), (ExtendedReplies(), extended)])
 
 
 def test_simple_replies() -> None:
@@ -60,9 +58,7 @@ def test_a_read_is_one_data_chunk(replies: Replies, chunk: Chunk) -> None:
 
 
 @BOTH
-def test_a_read_in_parts_says_where_each_begins_and_the_last_is_done(
-    replies: Replies, chunk: Chunk
-) -> None:
+def test_a_read_in_parts_says_where_each_begins_and_the_last_is_done(replies: Replies, chunk: Chunk) -> None:
     first = replies.read_chunk(COOKIE, OFFSET, OFFSET + 512, 4096, hole=False, last=False)
     assert first == chunk(ReplyType.OFFSET_DATA, struct.pack("!Q", OFFSET + 512), done=False, announced=4096 + 8)
     last = replies.read_chunk(COOKIE, OFFSET, OFFSET + 4608, 1024, hole=True, last=True)

@@ -333,7 +333,8 @@ def test_a_wrong_limit_of_block_status_is_consumed_and_refused(payload: bytes) -
 
 
 def test_block_status_cannot_be_limited_where_no_context_was_negotiated() -> None:
-    assert extended_refusal(extended(Cmd.BLOCK_STATUS, 0, payload=limited(512, 1)), Agreement(DISK, extended=True)) == 22
+    agreement = Agreement(DISK, extended=True)
+    assert extended_refusal(extended(Cmd.BLOCK_STATUS, 0, payload=limited(512, 1)), agreement) == Err.EINVAL
 
 
 def test_extended_requests_are_refused_in_step_while_shutting_down() -> None:

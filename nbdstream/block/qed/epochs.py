@@ -215,8 +215,6 @@ class Epochs:
         tables = {index: self._reserved[index] for index in missing}
         if tables:
             await self._worker.run(self._tables.write_new_tables, tables, queue)
-        for index in missing:
-            del self._reserved[index]
         return tables
 
     def _recycle_durably(self, replaced: list[int]) -> None:
@@ -230,6 +228,8 @@ class Epochs:
             return
         await self._worker.run(self._tables.link, tables, queue)
         self._tables.linked(tables, queue)
+        for index in tables:
+            del self._reserved[index]
         unlinked = self.unlinked
         for cluster, entry in dict(queue).items():  # the last link of each cluster is what the file has now
             if unlinked.get(cluster) == entry:

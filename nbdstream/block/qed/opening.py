@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import contextmanager
 from dataclasses import replace
@@ -210,12 +211,24 @@ def create_file(
 
 def _make(directory: int, name: str, write: Callable[[int], None]) -> None:
     """Make a file that has its name only when it is complete and durable: a crash leaves it whole, or not at all."""
-    fd = os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        fd, named = os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=directory), False
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+        # A file system without O_TMPFILE (NFS): a crash in the next milliseconds leaves a file that must be removed.
+        fd, named = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory), True
     try:
         write(fd)
         os.fsync(fd)
-        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
+        if not named:
+            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
         os.fsync(directory)
+    except OSError:
+        if named:
+            os.unlink(name, dir_fd=directory)
+        raise
     finally:
         os.close(fd)
 

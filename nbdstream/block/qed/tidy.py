@@ -30,10 +30,10 @@ class Guard(Protocol):
         """
 
 
-async def tidy(image: QedImage, guard: Guard) -> None:
+async def tidy(image: QedImage, guard: Guard, *, fill: bool = True) -> None:
     """Fill or cut off every free cluster of the file. Raises OSError.
 
-    No cluster of the disk may be remote any more: what is unallocated is taken to read as zero.
+    With ``fill``, what is unallocated is taken to read as zero: no cluster of the disk may be remote any more.
     """
     for _ in range(_ROUNDS):
         await image.settle()
@@ -41,7 +41,7 @@ async def tidy(image: QedImage, guard: Guard) -> None:
         if not free:
             break
         moved = await _move_tail(image, guard, image.end - free)
-        if not moved and not await _fill_with_zeroes(image, guard):
+        if not moved and not (fill and await _fill_with_zeroes(image, guard)):
             break
     await image.settle()
     image.cut()
