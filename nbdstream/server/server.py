@@ -76,9 +76,7 @@ class NbdServer:
 
         The socket file of a server that is gone is replaced. Raises ListenError if another server is there.
         """
-        bound = sockets.bind_unix(path, mode=mode, group=group)
-        self._files.append((path, sockets.identity(path)))
-        await self._listen(bound)
+        await self.listen_socket(sockets.bind_unix(path, mode=mode, group=group), unlink=True)
 
     async def listen_tcp(self, host: str, port: int) -> None:
         """Listen on every address of ``host``, on ``port`` (0: any free one). Raises ListenError."""
@@ -91,8 +89,14 @@ class NbdServer:
             raise ListenError(msg) from None
         self._add(server)
 
-    async def listen_socket(self, sock: socket.socket) -> None:
-        """Listen on a stream socket that is bound already, and own it from now on. Raises ListenError."""
+    async def listen_socket(self, sock: socket.socket, *, unlink: bool = False) -> None:
+        """Listen on a stream socket that is bound already, and own it from now on. Raises ListenError.
+
+        ``unlink`` is for a unix socket: remove its file in the end.
+        """
+        if unlink:
+            path = sock.getsockname()
+            self._files.append((path, sockets.identity(path)))
         await self._listen(sock)
 
     async def serve_client(self, sock: socket.socket) -> None:

@@ -66,6 +66,13 @@ def remove(path: str, *, made: tuple[int, int]) -> None:
             os.unlink(path)
 
 
+def discard(bound: socket.socket) -> None:
+    """Close a socket that :func:`bind_unix` returned and that never listened, and remove its file."""
+    with contextlib.suppress(OSError):
+        os.unlink(bound.getsockname())
+    bound.close()
+
+
 def tune(transport: asyncio.BaseTransport) -> None:
     """Set the options of a connection that has been accepted."""
     sock = transport.get_extra_info("socket")

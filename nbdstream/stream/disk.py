@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import TYPE_CHECKING, Self
+from contextlib import AsyncExitStack
+from typing import Self
 
 from nbdstream.block.overlay import Overlay
 from nbdstream.block.qed.image import QedImage
@@ -18,12 +19,10 @@ from nbdstream.block.qed.opening import create_file, read_header
 from nbdstream.errors import ImageError, NbdstreamError, SourceError, WrongSourceError
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
+from nbdstream.server.sockets import bind_unix, discard
 from nbdstream.stream.job import Progress, StreamJob
 from nbdstream.stream.source import Source, round_up
 from nbdstream.uri import NbdUri, UriError
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
 
 log = logging.getLogger(__name__)
 
@@ -61,31 +60,25 @@ class DiskStream:
         Raises :class:`NbdstreamError`: nothing is served then, and nothing has changed on disk.
         """
         uri = _parse(source)
-        made = not await asyncio.to_thread(os.path.lexists, path)
         remote = Source(uri, connections=connections, tls_certificates=tls_certificates)
-        undo: list[Callable[[], Awaitable[None]]] = [remote.close]
-        try:
-            if made:
-                await remote.connect()
-                await asyncio.to_thread(_create, path, uri, remote.size, DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE)
-                undo.insert(0, lambda: asyncio.to_thread(os.unlink, path))
-            else:
-                await asyncio.to_thread(check_origin, path, uri)
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(remote.close)
+            bound = None
+            if socket:
+                bound = bind_unix(socket, mode=socket_mode, group=socket_group)
+                undo.callback(discard, bound)
+            # Whatever can be refused is refused before the image is opened: opening an image repairs it.
+            await _prepare(path, uri, remote, undo, wait=socket is not None)
             image = await QedImage.open(path, writable=True)
-            overlay = Overlay(image, remote)
-            undo.insert(0, image.close)
-            if image.backing_name is None:
-                overlay.below = None
-                await remote.close()
-            elif not made:
-                remote.expect(_source_size(image))
-                await _connect_or_wait(remote, wait=socket is not None)
-            server = await _serve(overlay, socket, socket_mode, socket_group) if socket else None
-        except BaseException:
-            for step in undo:
-                await step()
-            raise
-        disk = cls(path, overlay, server, remote if overlay.below else None)
+            undo.push_async_callback(image.close)
+            below = None if image.backing_name is None else remote
+            overlay = Overlay(image, below)
+            server = None
+            if bound:
+                server = NbdServer([Export("", overlay, writable=True)])
+                await server.listen_socket(bound, unlink=True)
+            undo.pop_all()
+        disk = cls(path, overlay, server, below)
         disk._begin(rate)
         return disk
 
@@ -172,10 +165,24 @@ async def create_overlay(
         await remote.close()
 
 
-def check_origin(path: str, uri: NbdUri) -> None:
-    """Raise ImageError unless the image is an overlay of this source, or was one before it became independent."""
-    _, extension, backing_name = read_header(path)
-    origin = backing_name or (extension.origin if extension else "")
+async def _prepare(path: str, uri: NbdUri, source: Source, undo: AsyncExitStack, *, wait: bool) -> None:
+    """Make the overlay, or see that the one that exists belongs to this source; connect if it is needed."""
+    if not await asyncio.to_thread(os.path.lexists, path):
+        await source.connect()
+        await asyncio.to_thread(_create, path, uri, source.size, DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE)
+        undo.callback(os.unlink, path)
+        return
+    header, extension, backing_name = await asyncio.to_thread(read_header, path)
+    check_origin(path, backing_name or (extension.origin if extension else ""), uri)
+    if backing_name is None:
+        return
+    remembered = extension.origin_size if extension else 0
+    source.expect(remembered if round_up(remembered) == header.image_size else header.image_size)
+    await _connect_or_wait(source, wait=wait)
+
+
+def check_origin(path: str, origin: str, uri: NbdUri) -> None:
+    """Raise ImageError unless ``origin``, of which the image is or was an overlay, is this source."""
     if not origin:
         raise ImageError(f"{path} is no overlay of {uri}: it has no backing file, and remembers none")
     try:
@@ -184,12 +191,6 @@ def check_origin(path: str, uri: NbdUri) -> None:
         same = False
     if not same:
         raise ImageError(f"{path} is an overlay of {origin}, not of {uri}")
-
-
-def _source_size(image: QedImage) -> int:
-    """Return what the source's size was; the image has it rounded up to 512."""
-    remembered = image.extension.origin_size if image.extension else 0
-    return remembered if round_up(remembered) == image.size else image.size
 
 
 async def _connect_or_wait(source: Source, *, wait: bool) -> None:
@@ -201,9 +202,3 @@ async def _connect_or_wait(source: Source, *, wait: bool) -> None:
             raise
         log.warning("%s: what is local is served, the rest waits", error)
         source.connect_later(str(error))
-
-
-async def _serve(overlay: Overlay, socket: str, mode: int, group: str | None) -> NbdServer:
-    server = NbdServer([Export("", overlay, writable=True)])
-    await server.listen_unix(socket, mode=mode, group=group)
-    return server

@@ -212,9 +212,9 @@ def test_an_overlay_that_exists_is_not_made_again(tmp_path: Path, source: str, o
     assert overlay in refused(tmp_path, "create", overlay, "--size", "1M")
 
 
-@pytest.mark.parametrize("geometry", [["--cluster-size", "12345"], ["--table-size", "3"], ["--cluster-size", "2k"]])
+@pytest.mark.parametrize("geometry", [["--cluster-size", "12345"], ["--table-size", "3"], ["--cluster-size", "2048"]])
 def test_a_geometry_that_is_impossible(tmp_path: Path, geometry: list[str]) -> None:
-    assert geometry[1][:4] in refused(tmp_path, "create", str(tmp_path / "new.qed"), "--size", "1M", *geometry)
+    assert geometry[1] in refused(tmp_path, "create", str(tmp_path / "new.qed"), "--size", "1M", *geometry)
 
 
 # -- sources ----------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_a_source_that_is_no_nbd_uri(tmp_path: Path, uri: str) -> None:
 
 
 @pytest.mark.parametrize("serving", [False, True], ids=["without -U", "with -U"])
-@pytest.mark.parametrize("size", [SIZE + 512, SIZE - 512, SIZE - 511, 4 * SIZE])
+@pytest.mark.parametrize("size", [SIZE + 512, SIZE - 512, 4 * SIZE])
 def test_a_source_of_another_size_than_the_overlay(tmp_path: Path, size: int, *, serving: bool) -> None:
     disk, overlay, nbd = (str(tmp_path / name) for name in ("disk.img", "overlay.qed", "nbd.sock"))
     options = ["-U", str(tmp_path / "guest.sock")] if serving else []
@@ -272,8 +272,6 @@ def test_a_source_of_another_size_than_the_overlay(tmp_path: Path, size: int, *,
         command.wait_until_serving()
         nbdstream("create", overlay, "--backing", socket_uri(nbd))
     os.truncate(disk, size)
-    if -(-size // 512) * 512 == SIZE:
-        return
     with Command("serve", disk, "-U", nbd) as command:
         command.wait_until_serving()
         said = refused(tmp_path, "stream", socket_uri(nbd), overlay, *options)

@@ -51,7 +51,7 @@ def serve(tmp_path: Path, server: str) -> Iterator[Callable[..., str]]:
             command = ["qemu-nbd", "-t", "-r", "-f", "raw", "--shared=8", "-b", "127.0.0.1", "-p", port]
             command += ["--object", credentials, "--tls-creds", "tls", str(image)]
         running.append(Process(*command))
-        wait_until(lambda: listening(int(port)), command)
+        wait_until(lambda: listening(int(port)), server)
         return f"localhost:{port}"
 
     yield start

@@ -192,7 +192,9 @@ class Peer:
     async def client(self) -> RawClient:
         if not self._client:
             contexts = ["base:allocation"] if self.way.structured else []
-            self._client = await RawClient.open(self.path, structured=self.way.structured, contexts=contexts)
+            self._client = await RawClient.connect(self.path)
+            await self._client.greet()
+            await self._client.go(structured=self.way.structured, contexts=contexts)
         return self._client
 
     async def ask(self, asked: Asked) -> Answer:

@@ -18,7 +18,10 @@ from tests.server.memory_device import MemoryDevice
 from tests.server.raw_client import RawClient
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+
+    from nbdstream.server.tls import TlsPolicy
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -42,8 +45,8 @@ class Harness:
         self.servers: list[NbdServer] = []
         self.clients: list[RawClient] = []
 
-    async def serve(self, *exports: Export, limits: Limits | None = None) -> NbdServer:
-        server = NbdServer(exports, limits=limits or Limits())
+    async def serve(self, *exports: Export, limits: Limits | None = None, tls: TlsPolicy | None = None) -> NbdServer:
+        server = NbdServer(exports, limits=limits or Limits(), tls=tls)
         await server.listen_unix(self.path)
         self.servers.append(server)
         return server
@@ -56,9 +59,20 @@ class Harness:
         self.clients.append(client)
         return client
 
-    async def open(self, name: str = "", *, structured: bool = False, contexts: Sequence[str] = ()) -> RawClient:
-        client = await RawClient.open(self.path, name, structured=structured, contexts=contexts)
-        self.clients.append(client)
+    async def open(
+        self,
+        name: str = "",
+        *,
+        structured: bool = False,
+        extended: bool = False,
+        contexts: Sequence[str] = (),
+        tls: ssl.SSLContext | None = None,
+    ) -> RawClient:
+        client = await self.connect()
+        await client.greet()
+        if tls:
+            await client.start_tls(tls)
+        await client.go(name, structured=structured, extended=extended, contexts=contexts)
         return client
 
     async def until(self, condition: Callable[[], object]) -> None:

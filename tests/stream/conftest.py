@@ -1,4 +1,4 @@
-"""A source of a few clusters, served and not."""
+"""A source of a few clusters, served and not; records of images that tests leave unclosed do not stay in memory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nbdstream.block.qed import record
 from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, some_bytes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+
+@pytest.fixture(autouse=True)
+def records_of_their_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "DIRECTORY", str(tmp_path_factory.mktemp("records")))
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nbdstream.block.qed.image import QedImage
+from nbdstream.block.qed.opening import write_header
 from nbdstream.stream import hydrator
+from nbdstream.stream import job as job_module
 from nbdstream.stream.job import StreamJob
 from tests.stream.peers import SourceDisk, SourceServer, Streamed, streamed
 from tests.support import qed
@@ -74,10 +76,16 @@ class Guest:
 
 
 async def run_all(
-    server: SourceServer, path: Path, patch: pytest.MonkeyPatch, chance: random.Random, *, idle: bool = False
+    server: SourceServer,
+    path: Path,
+    patch: pytest.MonkeyPatch,
+    chance: random.Random,
+    *,
+    idle: bool = False,
+    epoch_bytes: int = 64 * CLUSTER,
 ) -> Guest:
     """Stream a disk to independence beside a guest, which may be idle; return what happened."""
-    patch.setattr(hydrator, "_EPOCH_BYTES", 64 * CLUSTER)
+    patch.setattr(hydrator, "_EPOCH_BYTES", epoch_bytes)
     patch.setattr(hydrator, "_REQUEST_BYTES", 16 * CLUSTER)
     patch.setattr(hydrator, "_BYTES_IN_FLIGHT", 64 * CLUSTER)
     await server.stop()
@@ -129,16 +137,25 @@ async def test_in_the_end_the_image_is_sound_without_its_source(
 async def test_a_backing_name_that_goes_too_early_is_found_out(
     server: SourceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """The test is tested: nothing is made durable before the header changes."""
+    """The test is tested: nothing is linked before the header changes."""
+    right = QedImage.forget_backing
 
-    async def nothing(_image: QedImage) -> None:
+    async def too_early(image: QedImage) -> None:
+        write_header(image._fd, image.header.without_backing())
+        await right(image)
+
+    async def nothing(*_: object) -> None:
         pass
 
     chance = random.Random(seed)
     with monkeypatch.context() as patch:
-        patch.setattr(QedImage, "settle", nothing)
-        guest = await run_all(server, tmp_path / "overlay", patch, chance, idle=True)
+        patch.setattr(QedImage, "forget_backing", too_early)
+        patch.setattr(job_module, "tidy", nothing)
+        guest = await run_all(server, tmp_path / "overlay", patch, chance, idle=True, epoch_bytes=1 << 40)
     with pytest.raises(DamagedError):
-        for _ in range(5):
-            for moment in moments(guest.recorder, chance, 0):
-                guest.model.check_power_cut(guest.recorder.power_cut(moment, chance), moment)
+        check_every_moment(guest, chance)
+
+
+def check_every_moment(guest: Guest, chance: random.Random) -> None:
+    for moment in range(guest.recorder.end):
+        guest.model.check_power_cut(guest.recorder.power_cut(moment, chance), moment)

@@ -340,6 +340,6 @@ async def test_credentials_are_not_written_into_the_image(server: SourceServer, 
 
 async def test_the_origin_is_compared_as_a_source_and_not_as_a_text(path: str) -> None:
     create_file(path, CLUSTER, cluster_size=CLUSTER, table_size=4, backing_name="nbd://host/disk")
-    check_origin(path, NbdUri.parse("nbd://host:10809/disk"))
+    check_origin(path, "nbd://host/disk", NbdUri.parse("nbd://host:10809/disk"))
     with pytest.raises(ImageError, match="nbd://host/disk"):
-        check_origin(path, NbdUri.parse("nbd://host/other"))
+        check_origin(path, "nbd://host/disk", NbdUri.parse("nbd://host/other"))

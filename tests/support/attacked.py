@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,10 @@ class Attacked:
 
     async def connect(self) -> RawClient:
         """Connect and say nothing."""
-        client = await RawClient.connect(self.path)
+        # Blocking, since asyncio takes a full backlog for a connection that is on its way.
+        connected = socket.socket(socket.AF_UNIX)
+        connected.connect(self.path)
+        client = RawClient(*await asyncio.open_unix_connection(sock=connected))
         self.clients.append(client)
         return client
 
@@ -50,10 +54,12 @@ class Attacked:
         await client.greet()
         return client
 
-    async def open(self, name: str = "", *, structured: bool = False, contexts: Sequence[str] = ()) -> RawClient:
+    async def open(
+        self, name: str = "", *, structured: bool = False, extended: bool = False, contexts: Sequence[str] = ()
+    ) -> RawClient:
         """Open an export."""
-        client = await RawClient.open(self.path, name, structured=structured, contexts=contexts)
-        self.clients.append(client)
+        client = await self.greet()
+        await client.go(name, structured=structured, extended=extended, contexts=contexts)
         return client
 
     async def quiet(self) -> None:

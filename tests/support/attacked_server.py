@@ -1,6 +1,7 @@
-"""A server in a process of its own, to be attacked: ``python -m tests.support.attacked_server SOCKET DIR LIMITS``.
+"""A server in a process of its own, to be attacked: ``python -m tests.support.attacked_server SOCKET DIR LIMITS TLS``.
 
-LIMITS is JSON for nbdstream.server.limits.Limits. The images are made in DIR:
+LIMITS is JSON for nbdstream.server.limits.Limits; TLS is ``off``, ``on`` or ``require``, with the certificates in
+DIR/tls. The images are made in DIR:
 
 - ``disk``: writable, 64 MiB, whose first 8 MiB hold numbers; in the next 24 MiB every second page is a hole;
 - ``huge``: writable, 16 GiB of nothing;
@@ -27,6 +28,7 @@ from nbdstream.block.raw import RawImage
 from nbdstream.server.export import Export
 from nbdstream.server.limits import Limits
 from nbdstream.server.server import NbdServer
+from nbdstream.server.tls import TlsPolicy, server_context
 
 DISK_SIZE: Final = 64 << 20
 NUMBERS: Final = struct.pack("!2097152I", *range(2 << 20))
@@ -54,7 +56,13 @@ def _comb(fd: int, start: int, end: int) -> None:
         os.pwrite(fd, b"x" * PAGE, at)
 
 
-async def _serve(path: str, directory: str, limits: Limits) -> None:
+def _policy(directory: str, tls: str) -> TlsPolicy | None:
+    if tls == "off":
+        return None
+    return TlsPolicy(server_context(f"{directory}/tls", verify_peer=False), required=tls == "require")
+
+
+async def _serve(path: str, directory: str, limits: Limits, tls: TlsPolicy | None) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -64,7 +72,7 @@ async def _serve(path: str, directory: str, limits: Limits) -> None:
             image = await RawImage.open(f"{directory}/{name}", writable=writable)
             stack.push_async_callback(image.close)
             exports.append(Export(name, image, writable=writable, description=f"{directory}/{name}"))
-        server = NbdServer(exports, limits=limits)
+        server = NbdServer(exports, limits=limits, tls=tls)
         stack.push_async_callback(server.close, 5.0)
         await server.listen_unix(path)
         print("serving", file=sys.stderr)
@@ -73,10 +81,10 @@ async def _serve(path: str, directory: str, limits: Limits) -> None:
 
 def main() -> None:
     """Serve until SIGTERM."""
-    path, directory, limits = sys.argv[1:]
+    path, directory, limits, tls = sys.argv[1:]
     logging.basicConfig(level=logging.WARNING)
     _make_images(directory)
-    uvloop.run(_serve(path, directory, Limits(**json.loads(limits))))
+    uvloop.run(_serve(path, directory, Limits(**json.loads(limits)), _policy(directory, tls)))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import signal
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support.attacked import DISK_BYTES, WITNESS_BYTES, Attacked
+from tests.support.certificates import Authority
 from tests.support.processes import Process
 
 if TYPE_CHECKING:
@@ -29,6 +31,12 @@ def limits() -> dict[str, Any]:
 
 
 @pytest.fixture
+def tls() -> str:
+    """What the server does about TLS, ``off``, ``on`` or ``require``: for a test to parametrize."""
+    return "off"
+
+
+@pytest.fixture
 def directory() -> Iterator[str]:
     """A directory with a short name, as unix sockets need it."""
     path = tempfile.mkdtemp(prefix="nbdstream-")
@@ -37,10 +45,12 @@ def directory() -> Iterator[str]:
 
 
 @pytest.fixture
-async def attacked(directory: str, limits: dict[str, Any]) -> AsyncIterator[Attacked]:
+async def attacked(directory: str, limits: dict[str, Any], tls: str) -> AsyncIterator[Attacked]:
     """A server with a well-behaved client, which has to be served well for as long as the test takes."""
     path = f"{directory}/socket"
-    arguments = "tests.support.attacked_server", path, directory, json.dumps(limits)
+    if tls != "off":
+        Authority().server(Path(directory) / "tls")
+    arguments = "tests.support.attacked_server", path, directory, json.dumps(limits), tls
     with Process(sys.executable, "-m", *arguments) as server:
         server.wait_for("serving")
         attacked = Attacked(path, server)

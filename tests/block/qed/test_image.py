@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("own_records")
+
 CLUSTER = 4096
 SPAN = 1024
 """Clusters that one L2 table of two clusters maps."""

@@ -14,7 +14,10 @@ from nbdstream.errors import ImageError
 from tests.support import qed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("own_records")
 
 CLUSTER = 4096
 SPAN = 1024
@@ -140,6 +143,77 @@ def test_the_lock_is_taken_before_anything_is_read_or_changed(path: str) -> None
     with pytest.raises(ImageError, match="somebody has it"):
         open_file(path, locked, writable=True)
     assert content_of(path) == before
+
+
+# What a killed owner noted.
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[str]:
+    """An image that we made: it has a UUID, and so can have a record."""
+    path = str(tmp_path / "own")
+    create_file(path, 3 * SPAN * CLUSTER, cluster_size=CLUSTER, table_size=2, backing_name=None)
+    yield path
+    close_record(look(path))
+
+
+def close_record(file: OpenFile) -> None:
+    if file.record:
+        file.record.close()
+
+
+def kill(path: str, *clusters: int) -> dict[int, int]:
+    """Leave an image as its owner does who is killed after these clusters were written; return where they are."""
+    file = open_file(path, no_lock, writable=True)
+    assert file.record
+    places = {}
+    for number, cluster in enumerate(clusters):
+        places[cluster] = file.space.end + number * CLUSTER
+        os.pwrite(file.fd, bytes([number + 1]) * CLUSTER, places[cluster])
+        file.record.note(cluster, places[cluster])
+    os.close(file.fd)
+    return places
+
+
+def test_links_that_were_noted_only_are_in_the_tables_when_a_writer_has_opened_the_image(own: str) -> None:
+    places = kill(own, 5, SPAN + 7, 5)
+    file = look(own)
+    raw = qed.RawImage(own)
+    assert {cluster: raw.get(raw.l2_offset(cluster)) for cluster in places} == places
+    assert list(file.allocated.search(1)) == [5, SPAN + 7]
+    assert qed.content(own)[5 * CLUSTER : 6 * CLUSTER] == b"\x03" * CLUSTER
+    assert qed.qemu_check(own).corruptions == 0
+
+
+def test_links_that_were_noted_are_replayed_once(own: str) -> None:
+    kill(own, 5)
+    close_record(look(own))
+    raw = qed.RawImage(own)
+    raw.put(raw.l2_offset(5), 1)
+    look(own)
+    assert raw.get(raw.l2_offset(5)) == 1
+
+
+def test_with_links_noted_an_image_is_not_opened_for_reading(own: str) -> None:
+    kill(own, 5)
+    refused(own, "open it for writing first", writable=False)
+
+
+def test_what_was_noted_is_void_when_a_stranger_has_written_since(own: str) -> None:
+    """QEMU clears autoclear features that it does not know when it opens an image for writing."""
+    kill(own, 5)
+    qed.qemu_io(own, f"write -P 9 {5 * CLUSTER} {CLUSTER}")
+    assert qed.RawImage(own).get(32) == 0
+    look(own)
+    assert qed.content(own)[5 * CLUSTER : 6 * CLUSTER] == b"\x09" * CLUSTER
+
+
+def test_a_record_is_of_one_file_and_not_of_its_copy(own: str, tmp_path: Path) -> None:
+    kill(own, 5)
+    (tmp_path / "copy").write_bytes(content_of(own))
+    file = look(str(tmp_path / "copy"))
+    assert not file.allocated.any()
+    close_record(file)
 
 
 # What is refused, byte for byte unchanged.

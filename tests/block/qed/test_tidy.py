@@ -19,6 +19,8 @@ from tests.support import qed
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("own_records")
+
 CLUSTER = 4096
 SPAN = 1024
 """Clusters that one L2 table of two clusters maps."""
