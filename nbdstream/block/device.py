@@ -41,7 +41,7 @@ class BlockDevice(ABC):
     preferred_block: int = 4096
     """Requests aligned to this are served best (NBD_INFO_BLOCK_SIZE's preferred), bytes."""
     layered: bool = False
-    """Whether its extents lie in different layers, or may be remote: whether it has more to tell than holes and data."""
+    """Whether its extents lie in different layers, or may be remote: there is more to tell than holes and data."""
 
     def read_now(self, offset: int, length: int) -> Sequence[Buffer] | None:
         """Return buffers that together hold the range, or None if that would block.

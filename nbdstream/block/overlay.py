@@ -404,7 +404,7 @@ class Overlay(BlockDevice):
     async def _extents_of_run(self, offset: int, length: int) -> list[Extent]:
         cluster, within = divmod(offset, self._cluster_size)
         entry, count = await self.image.run(cluster, -(-(within + length) // self._cluster_size))
-        below = entry == UNALLOCATED and self._is_below(cluster)
+        below = entry == UNALLOCATED and (self._is_below(cluster) or self._misses_backing)
         if entry == UNALLOCATED:
             count = self._same_below(cluster, count, below=below)
         length = min(length, count * self._cluster_size - within)
@@ -414,8 +414,13 @@ class Overlay(BlockDevice):
             return [Extent(offset, length, ExtentFlags.DATA)]
         return [Extent(offset, length, ExtentFlags.HOLE | ExtentFlags.ZERO, depth=0 if entry == UNALLOCATED else 1)]
 
+    @property
+    def _misses_backing(self) -> bool:
+        """Whether the image has a backing file that was not opened: what is there can be described, not read."""
+        return self.below is None and self.remote is None and self.image.backing_name is not None
+
     async def _extents_below(self, offset: int, length: int) -> list[Extent]:
-        if self.remote is not None:
+        if self.remote is not None or self._misses_backing:
             return [Extent(offset, length, ExtentFlags.REMOTE, depth=2)]
         if self.below is None or offset >= self.below.size:
             return [Extent(offset, length, ExtentFlags.HOLE | ExtentFlags.ZERO, depth=0)]

@@ -161,10 +161,11 @@ class Handshake(asyncio.Protocol):
         policy, limits = self._host.tls, self._host.limits
         assert policy is not None
         loop = asyncio.get_running_loop()
+        early = _Early()
         try:
             transport = await loop.start_tls(
                 self._transport,
-                self,
+                early,
                 policy.context,
                 server_side=True,
                 ssl_handshake_timeout=limits.handshake_time,
@@ -182,6 +183,9 @@ class Handshake(asyncio.Protocol):
         self._securing = None
         self._names = common_names(transport.get_extra_info("ssl_object"))
         self._negotiation.secure()
+        transport.set_protocol(self)
+        if early.data:
+            self.data_received(bytes(early.data))
 
     def _export(self, info: ExportInfo) -> Export:
         return next(export for export in self._host.exports if export.info is info)
@@ -216,6 +220,20 @@ class Handshake(asyncio.Protocol):
             self._deadline.cancel()
             self._deadline = None
             self._host.left(self)
+
+
+class _Early(asyncio.Protocol):
+    """Keeps what arrives inside TLS with the client's last word of the TLS handshake, before ``start_tls`` returns.
+
+    Not the handshake itself: what comes to that one has come in plain text.
+    """
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def data_received(self, data: bytes) -> None:
+        """Keep it."""
+        self.data += data
 
 
 def _mode(policy: TlsPolicy | None) -> Tls:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nbdstream.server.payloads import PayloadMemory
     from nbdstream.wire.transmission import Request
 
+_QUESTIONS: Final = frozenset((Cmd.BLOCK_STATUS, Cmd.CACHE))
 _READ: Final = int(Cmd.READ)
 _WRITE: Final = int(Cmd.WRITE)
 _FUA: Final = int(CmdFlag.FUA)
@@ -44,6 +45,8 @@ class InFlight:
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[asyncio.Task[Sequence[Buffer]], int] = {}
         """The command of each request that runs as a task."""
+        self._one_question = asyncio.Lock()
+        """Short to ask, long to answer: a client that asks by the hundred keeps itself waiting, not the others."""
 
     def has_room(self, request: Request) -> bool:
         """Whether a request may join. One alone always may, however long it is."""
@@ -94,7 +97,11 @@ class InFlight:
 
     async def _run(self, request: Request) -> Sequence[Buffer]:
         try:
-            reply = await self._commands.perform(request)
+            if request.command in _QUESTIONS:
+                async with self._one_question:
+                    reply = await self._commands.perform(request)
+            else:
+                reply = await self._commands.perform(request)
         except Exception as error:  # noqa: BLE001 - whatever a device does, one request fails
             return [self._commands.failure(request, error)]
         # Not if it failed or was cancelled: a thread of the device may still be reading it.

@@ -77,7 +77,7 @@ def allocated(path: str) -> int:
 
 def check_size(pair: CommandPair, guest_writes: int) -> None:
     """The overlay holds what is allocated, what the guest wrote, and the tables for that: no more."""
-    tables = TIB // (2 * GIB) * (256 << 10)  # 65536 bytes of L2 table map half a gigabyte
+    tables = TIB // (2 * GIB) * (256 << 10)  # an L2 table maps 2 GiB
     most = allocated(pair.image) + guest_writes * 65536 + tables + 16 * MIB
     assert os.path.getsize(pair.overlay) <= most
 

@@ -88,11 +88,11 @@ async def test_without_a_format_for_it_a_backing_file_is_not_opened(overlay: str
     await (await open_device(overlay, "raw", [], writable=True)).close()  # nothing is kept locked
 
 
-async def test_alone_an_image_is_opened_without_its_backing_file(overlay: str) -> None:
+async def test_alone_an_image_is_described_without_its_backing_file(overlay: str) -> None:
     device = await open_device(overlay, "qed", [], writable=False, alone=True)
     assert [extent.flags for extent in await device.extents(0, SIZE)] == [
         ExtentFlags.DATA,
-        ExtentFlags.HOLE | ExtentFlags.ZERO,
+        ExtentFlags.REMOTE,
     ]
     await device.close()
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import signal
 import socket
-from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from tests.server.raw_client import RawClient
 from tests.support.attacked_server import DISK_SIZE
-from tests.support.processes import Process, memory
+from tests.support.certificates import Authority
+from tests.support.processes import PATIENCE_SECONDS, Process, memory
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -88,6 +95,43 @@ class Attacked:
         peak = max(peak, self.memory())
         print(f"memory: {before >> 10} KiB before, {peak >> 10} KiB at most")
         assert peak - before <= most, f"{(peak - before) >> 20} MiB"
+
+
+class Servers:
+    """Servers under attack, one for each way to run it. As a context manager, they end well or the test does not."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, tuple[str, Process]] = {}
+        self._stack = ExitStack()
+
+    def get(self, limits: dict[str, Any], tls: str) -> tuple[str, Process]:
+        """Return the socket and the process of a server with these limits (JSON); ``tls``: off, on or require."""
+        key = json.dumps([limits, tls])
+        if key not in self._running or not self._running[key][1].running:
+            self._running[key] = self._start(json.dumps(limits), tls)
+        return self._running[key]
+
+    def _start(self, limits: str, tls: str) -> tuple[str, Process]:
+        # Unix sockets need a short name.
+        directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdstream-"))
+        if tls != "off":
+            Authority().server(Path(directory) / "tls")
+        path = f"{directory}/socket"
+        arguments = "tests.support.attacked_server", path, directory, limits, tls
+        process = self._stack.enter_context(Process(sys.executable, "-m", *arguments))
+        process.wait_for("serving")
+        return path, process
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._stack:
+            for _path, process in self._running.values():
+                began = time.monotonic()
+                assert process.stop(signal.SIGTERM) == 0, str(process)
+                assert time.monotonic() - began < PATIENCE_SECONDS / 2
+                assert not [line for line in process.lines if "Traceback" in line or "Error" in line], str(process)
 
 
 async def until(condition: Callable[[], object]) -> None:
