@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 from typing import TYPE_CHECKING
 
 from nbdstream.extents import ExtentFlags
@@ -12,6 +14,11 @@ if TYPE_CHECKING:
 
     from nbdstream.block.overlay import Overlay
     from nbdstream.stream.source import Source
+
+
+log = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 1.0
 
 
 class Survey:
@@ -32,10 +39,18 @@ class Survey:
         self.on_progress: Callable[[], None] = lambda: None
 
     async def run(self) -> None:
-        """Ask until the end. Raises OSError if the source answers with an error."""
+        """Ask until the end; a source that answers with an error is asked again. Raises OSError if it is closed."""
         end = self._source.size
         while self.position < end:
-            for extent in await self._source.extents(self.position, end - self.position):
+            try:
+                extents = await self._source.extents(self.position, end - self.position)
+            except OSError as error:
+                if error.errno == errno.ECANCELED:
+                    raise
+                log.error("the source does not say what it has allocated (%s): it is asked again", error.strerror)
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            for extent in extents:
                 zero = bool(extent.flags & ExtentFlags.ZERO)
                 if not zero:
                     self._end_of_zeroes(extent.offset)

@@ -40,6 +40,7 @@ _EPOCH_BYTES = 16 << 20
 _MOST_UNDURABLE = 48 << 20
 """More than that does not wait for a barrier: a slow disk slows the hydrator down, not the guest's flushes."""
 
+_LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 1.0
 """Between attempts when the disk is full, or the source answers with errors."""
 
@@ -93,9 +94,12 @@ class Hydrator:
         self._wake.set()
 
     async def _wait(self, delay: float) -> None:
-        """Wait until a fetch is finished, more is known of the source, or ``delay`` seconds have gone (0: no limit)."""
+        """Wait until a fetch is finished, more is known of the source, or ``delay`` seconds have gone.
+
+        With a ``delay`` of 0 it is a second: nobody tells when a guest has overwritten the last remote cluster.
+        """
         try:
-            async with asyncio.timeout(delay or None):
+            async with asyncio.timeout(delay or _LOOK_SECONDS):
                 await self._wake.wait()
         except TimeoutError:
             pass

@@ -78,7 +78,7 @@ async def test_many_requests_at_once_are_all_answered(harness: Harness, device: 
     client.send(b"".join(request(Cmd.READ, number, number * 512, 4096) for number in range(1000)))
     for number in range(1000):
         reply = await client.reply(4096)
-        assert (reply.cookie, reply.payload) == (number, device.data[number * 512 : number * 512 + 4096])
+        assert (reply.cookie, reply.payload) == (number, bytes(device.data[number * 512 : number * 512 + 4096]))
 
 
 async def test_requests_may_come_a_byte_at_a_time(harness: Harness, device: MemoryDevice, pki: Pki) -> None:

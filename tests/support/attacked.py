@@ -127,7 +127,7 @@ class Servers:
 
     def __exit__(self, *_: object) -> None:
         with self._stack:
-            for _path, process in self._running.values():
+            for process in (process for _path, process in self._running.values() if process.running):
                 began = time.monotonic()
                 assert process.stop(signal.SIGTERM) == 0, str(process)
                 assert time.monotonic() - began < PATIENCE_SECONDS / 2

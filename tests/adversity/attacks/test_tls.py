@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import struct
+import time
 from contextlib import suppress
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from nbdstream.server.limits import Limits
 from nbdstream.wire.nbd import Cmd, CmdFlag, Err, Opt, Rep, TransmissionFlag
 from tests.server.raw_client import RawClient, info_data, meta_data, option, request, write_request
-from tests.support.attacked import DISK_BYTES, Attacked
+from tests.support.attacked import DISK_BYTES, Attacked, Servers
 from tests.support.attacked_server import NUMBERS
 
 MIB = 1 << 20
@@ -177,6 +178,29 @@ async def test_handshakes_by_the_hundred_let_others_have_their_turn(attacked: At
         for client in clients:
             client.writer.transport.abort()
         await attacked.quiet()
+
+
+async def test_clients_in_the_middle_of_everything_do_not_hold_up_the_end(tls: str) -> None:
+    with Servers() as servers:
+        attacked = Attacked(*servers.get({"handshake_time": 600.0, "linger_time": 2.0}, tls))
+        for _ in range(10):
+            await attacked.connect()
+            await attacked.greet()
+            for begun in (b"", client_hello()[:-1]):
+                client = await attacked.greet()
+                client.send(option(Opt.STARTTLS))
+                assert await acknowledged(client)
+                client.send(begun)
+            await secure(attacked)
+            (await open_inside(attacked)).send(request(Cmd.READ, 1, 0, 4)[:-1])
+            client = await attacked.open("huge")
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            client.send(request(Cmd.READ, 1, 0, 32 * MIB) * 4)
+        began = time.monotonic()
+        assert attacked.process.stop() == 0, str(attacked.process)
+        assert time.monotonic() - began < 20
+        for client in attacked.clients:
+            client.writer.transport.abort()
 
 
 # -- with an export open ------------------------------------------------------------------------------------
