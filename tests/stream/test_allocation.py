@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import subprocess
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import pytest
 from nbdstream.block.overlay import Overlay
 from nbdstream.block.qed.image import QedImage
 from nbdstream.block.qed.opening import create_file
+from nbdstream.stream import allocation
 from nbdstream.stream.allocation import Survey
 from nbdstream.stream.source import Source
 from nbdstream.uri import NbdUri
@@ -111,11 +113,25 @@ async def test_progress_is_told_on_the_way_and_at_the_end(stream: Streamed, disk
     assert seen[-1] == (40 * CLUSTER, True)
 
 
-async def test_an_error_of_the_source_is_raised(stream: Streamed, disk: SourceDisk) -> None:
+async def test_a_source_that_answers_with_an_error_is_asked_again(
+    stream: Streamed, disk: SourceDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation, "_RETRY_SECONDS", 0.01)
     disk.error = OSError(errno.EIO, "a bad sector")
-    with pytest.raises(OSError, match=r".") as error:
+    survey = Survey(stream.overlay, stream.source)
+    running = asyncio.ensure_future(survey.run())
+    await asyncio.sleep(0.05)
+    assert not running.done()
+    disk.error = None
+    await running
+    assert survey.done
+
+
+async def test_a_source_that_is_closed_ends_the_survey(stream: Streamed) -> None:
+    await stream.source.close()
+    with pytest.raises(OSError, match="closed") as error:
         await Survey(stream.overlay, stream.source).run()
-    assert error.value.errno == errno.EIO
+    assert error.value.errno == errno.ECANCELED
 
 
 @pytest.mark.parametrize("option", ["--no-sr", "--filter=noextents"])
