@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # One question for extents is answered with so many at most.
 _MOST_EXTENTS = 1000
 _SCRATCH_BYTES = 256 << 10
+_STEP_BYTES = 1 << 20
 # The kernel reads no more than its own read-ahead for one hint, and 128 KiB is the default of that.
 _HINT_BYTES = 128 << 10
 
@@ -88,7 +89,7 @@ class RawImage(BlockDevice):
             self._hints.submit(_ignore, _prefetch, self._fd, *ahead)
         self._waiting += 1
         try:
-            found = await self._reads.run(_warm, self._fd, self._scratch, offset, length)
+            found = await self._warm_in_turns(offset, length)
         finally:
             self._waiting -= 1
         buffers: list[Buffer] = []
@@ -98,6 +99,14 @@ class RawImage(BlockDevice):
             else:
                 buffers += zero_buffers(run.end - run.offset)
         return buffers
+
+    async def _warm_in_turns(self, offset: int, length: int) -> list[Run]:
+        """Wait for the disk in steps, between which others have theirs: a long read must not hold up a short one."""
+        found: list[Run] = []
+        for start in range(offset, offset + length, _STEP_BYTES):
+            step = min(_STEP_BYTES, offset + length - start)
+            found += await self._reads.run(_warm, self._fd, self._scratch, start, step)
+        return found
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """Describe the range by what is allocated. Raises OSError."""

@@ -74,7 +74,6 @@ _TOO_LONG: Final = Refusal(Err.EINVAL, "the payload is longer than the maximum p
 _READ_TOO_LONG: Final = Refusal(Err.EOVERFLOW, "the read is longer than the maximum payload size")
 _NOT_ZERO: Final = Refusal(Err.EINVAL, "a flush has no offset and no length")
 _NO_CONTEXT: Final = Refusal(Err.EINVAL, "no meta context was negotiated for this export")
-_NO_PAYLOAD: Final = Refusal(Err.EINVAL, "a write has a payload, and says so")
 _BAD_FILTER: Final = Refusal(Err.EINVAL, "the payload is not a length and some of the negotiated context ids")
 _NO_LENGTH: Final = Refusal(Err.EINVAL, "a block status needs a length")
 
@@ -146,11 +145,11 @@ class Transmission:
                 self.position = position
                 self.finished = True
                 return
-            if extended:
-                carries = bool(flags & _PAYLOAD_LEN)
-                refusal = self._refuse_extended(command, flags, offset, length)
+            # With extended headers a flag says so; but QEMU (10.0) leaves it out with WRITE, whose payload is there.
+            carries = command == WRITE or (extended and flags & _PAYLOAD_LEN)
+            if carries and extended:
+                refusal = self._refuse_payload(command, flags, offset, length)
             else:
-                carries = command == WRITE
                 refusal = self._refuse(command, flags, offset, length)
             if not carries:
                 self.position = position
@@ -172,11 +171,8 @@ class Transmission:
                 self.position = position = position + length
                 yield command, flags, cookie, offset, length, payload, None
 
-    def _refuse_extended(self, command: int, flags: int, offset: int, length: int) -> Refusal | None:
-        """Refuse what has an extended header. Raises ProtocolError for a payload that is an attack."""
-        if not flags & _PAYLOAD_LEN:
-            refusal = self._refuse(command, flags, offset, length)
-            return _NO_PAYLOAD if command == WRITE and not refusal else refusal
+    def _refuse_payload(self, command: int, flags: int, offset: int, length: int) -> Refusal | None:
+        """Refuse what has an extended header and a payload. Raises ProtocolError for a payload that is an attack."""
         if length > self._agreement.export.maximum_payload:
             msg = f"a payload of {length} bytes"
             raise ProtocolError(msg)

@@ -128,13 +128,13 @@ def use(tree: Path, digests: dict[str, str], rng: random.Random) -> None:
         (tree / f"new{number}").write_bytes(data)
         digests[f"new{number}"] = hashlib.sha256(data).hexdigest()
     for name in names[60:80]:
-        data = bytearray((tree / name).read_bytes())
-        start = rng.randrange(len(data) + 1)
-        data[start : start + 5000] = rng.randbytes(5000)
+        content = bytearray((tree / name).read_bytes())
+        start = rng.randrange(len(content) + 1)
+        content[start : start + 5000] = rng.randbytes(5000)
         with (tree / name).open("r+b") as file:
             file.seek(start)
-            file.write(data[start : start + 5000])
-        digests[name] = hashlib.sha256(data).hexdigest()
+            file.write(content[start : start + 5000])
+        digests[name] = hashlib.sha256(content).hexdigest()
     for name in names[80:100]:
         (tree / name).unlink()
         del digests[name]

@@ -89,7 +89,8 @@ async def test_errors_are_extended_replies_and_the_stream_stays_in_step(
         extended_request(Cmd.READ, 1, device.size, 1)
         + extended_request(Cmd.READ, 2, 0, 4, payload=b"unexpected")
         + extended_request(Cmd.WRITE, 3, device.size, payload=b"data")
-        + extended_request(Cmd.WRITE, 4, 0, 4)
+        + extended_request(Cmd.WRITE, 4, 0, 4, flags=CmdFlag.DF)
+        + b"data"
         + extended_request(99, 5)
         + extended_request(Cmd.FLUSH, 6)
     )

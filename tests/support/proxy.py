@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
 Address = str | tuple[str, int]
 """The path of a unix socket, or host and port."""
@@ -54,9 +54,9 @@ class Proxy:
             return await asyncio.start_unix_server(self._accept, address)
         return await asyncio.start_server(self._accept, *address)
 
-    def _wait(self, call: Callable[..., object], *arguments: object) -> T:
+    def _wait(self, call: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> T:
         """Run a coroutine function in the proxy's thread."""
-        return asyncio.run_coroutine_threadsafe(call(*arguments), self._loop).result(30)  # type: ignore[arg-type]
+        return asyncio.run_coroutine_threadsafe(call(*arguments), self._loop).result(30)
 
     def __enter__(self) -> Self:
         return self
@@ -142,8 +142,12 @@ class Proxy:
             self._corrupt_at, data = None, bytes(changed)
         if self._cut_at is not None and self.forwarded >= self._cut_at:
             self._cut_at = None
-            self._loop.call_soon(lambda: [link.abort() for link in list(self._links)])
+            self._loop.call_soon(self._abort_all)
         return data
+
+    def _abort_all(self) -> None:
+        for link in list(self._links):
+            link.abort()
 
 
 class _Line:

@@ -276,8 +276,11 @@ def test_the_headers_that_were_not_negotiated_end_the_connection(data: bytes, ag
         parse(data + bytes(100), agreement)
 
 
-def test_a_write_without_the_payload_flag_has_no_payload_and_is_refused() -> None:
-    assert extended_refusal(extended(Cmd.WRITE, 0, 512)) == Err.EINVAL
+def test_a_write_without_the_payload_flag_is_taken_as_qemu_means_it() -> None:
+    data = extended(Cmd.WRITE, 512, 4) + b"data"
+    assert extended_refusal(data) is None
+    assert parse(data, EXTENDED) == [(Cmd.WRITE, 0, 5, 512, 4, b"data", None)]
+    assert extended_refusal(extended(Cmd.WRITE, SIZE, 4) + b"data") == Err.ENOSPC
 
 
 @pytest.mark.parametrize("command", [Cmd.READ, Cmd.FLUSH, Cmd.TRIM, Cmd.CACHE, Cmd.WRITE_ZEROES, Cmd.RESIZE, 99])
