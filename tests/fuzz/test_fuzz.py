@@ -31,6 +31,8 @@ def test_a_fuzzer_finds_nothing(target: str, seconds: int, seed: int, tmp_path: 
     found.mkdir()
     choices = random.Random(seed)
     command = [
+        # By way of a shell, since a process begins with the largest size that its parent ever had (getrusage(2)).
+        *("sh", "-c", '"$@"; exit "$?"', "sh"),
         *(sys.executable, "-m", "tests.fuzz", target, f"-max_total_time={seconds}", "-rss_limit_mb=256", "-timeout=10"),
         *(f"-seed={choices.randrange(1, 1 << 31)}", f"-artifact_prefix={found}/", str(found), str(CORPUS / target)),
     ]

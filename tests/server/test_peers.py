@@ -95,6 +95,15 @@ async def test_nbdinfo_lists_every_export(served: Served) -> None:
     assert [export["export-name"] for export in listed["exports"]] == ["disk", "copy"]
 
 
+async def test_qemu_nbd_and_nbd_client_list_every_export(served: Served) -> None:
+    listed = await run("qemu-nbd", "-L", "-k", served.socket)
+    assert "export: 'disk'" in listed
+    assert "description: a disk" in listed
+    assert "export: 'copy'" in listed
+    listed = await run("nbd-client", "-unix", "-l", served.socket)
+    assert listed.split()[-2:] == ["disk", "copy"]
+
+
 async def test_nbdinfo_maps_the_holes(served: Served) -> None:
     extents = json.loads(await run("nbdinfo", "--json", "--map", served.uri))
     assert sum(extent["length"] for extent in extents) == SIZE + 1536

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 SECTOR = 512
 SOURCE, ZERO = -1, 0
-"""Values of a sector: what the source has, zeroes; any other is the number of the write that it is from."""
+"""Values of a sector: what the source has, zeroes; any other number is that of the write that it is from."""
+
+Value = int | bytes
+"""Such a number, or what was found where a kill came in the middle of a sector: the kernel copies bytes."""
 
 _KINDS = {WRITE: 50, READ: 30, WRITE_ZEROES: 8, TRIM: 6, FLUSH: 6}
 _LONGEST = 300 << 10
@@ -44,10 +47,12 @@ class DiskModel:
 
     def __init__(self, source: bytes) -> None:
         self.source = source
-        self._values: dict[int, tuple[int, ...]] = {}
+        self._values: dict[int, tuple[Value, ...]] = {}
 
-    def data(self, sector: int, value: int) -> bytes:
+    def data(self, sector: int, value: Value) -> bytes:
         """Return the bytes of a sector that has this value."""
+        if isinstance(value, bytes):
+            return value
         if value == SOURCE:
             return self.source[sector * SECTOR : (sector + 1) * SECTOR]
         return struct.pack("<QQ", value, sector) * (SECTOR // 16) if value else bytes(SECTOR)
@@ -68,12 +73,21 @@ class DiskModel:
         What was found once cannot become what it was before.
         """
         allowed = self._values.get(sector, (SOURCE,))
-        found = tuple(value for value in allowed if self.data(sector, value) == data)
+        found: tuple[Value, ...] = tuple(value for value in allowed if self.data(sector, value) == data)
+        if not found and self._is_torn(data, [self.data(sector, value) for value in allowed]):
+            found = (data,)
         if not found:
             return f"sector {sector} is {data[:16]!r}..., may be from {allowed}"
         if len(allowed) > 1:
             self._values[sector] = found
         return None
+
+    @staticmethod
+    def _is_torn(data: bytes, allowed: list[bytes]) -> bool:
+        """Whether it begins as one of the values and ends as another."""
+        begins = max(_common(data, value) for value in allowed)
+        ends = max(_common(data[::-1], value[::-1]) for value in allowed)
+        return len(allowed) > 1 and begins + ends >= SECTOR
 
     def touched(self) -> Iterator[range]:
         """Return the runs of sectors that somebody wrote, or may have written."""
@@ -97,6 +111,11 @@ class DiskModel:
         for sector, values in self._values.items():
             contents[sector * SECTOR : (sector + 1) * SECTOR] = self.data(sector, values[0])
         return bytes(contents)
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """Return how many bytes two sectors begin with in common."""
+    return next((place for place in range(SECTOR) if one[place] != other[place]), SECTOR)
 
 
 class _Request(NamedTuple):

@@ -96,6 +96,8 @@ class Epochs:
         """
         if not self._record or self._record.full:
             return False
+        if not self._tables.l1[self._tables.l1_index(cluster)]:
+            return False  # it needs a new table, and only an epoch finds out whether there is room for one
         self._record.note(cluster, self.unlinked[cluster])
         self.noted.add(cluster)
         if not self._timer:
