@@ -14,7 +14,7 @@ from nbdstream.block.locks import Sharing, take_locks
 from nbdstream.block.mapping import Mapping
 from nbdstream.block.qed.layout import MAGIC as QED_MAGIC
 from nbdstream.block.readahead import ReadAhead
-from nbdstream.block.worker import Worker, pwrite_all
+from nbdstream.block.worker import Worker, as_os_error, pwrite_all
 from nbdstream.errors import ImageError
 from nbdstream.extents import Extent, ExtentFlags
 
@@ -118,7 +118,7 @@ class RawImage(BlockDevice):
         """Write in a batch with others."""
         if self.read_only or self._barrier.failed:
             return False
-        self._writes.submit(lambda _result, error: done(_as_os_error(error)), pwrite_all, self._fd, data, offset)
+        self._writes.submit(lambda _result, error: done(as_os_error(error)), pwrite_all, self._fd, data, offset)
         return True
 
     async def write(self, offset: int, data: Buffer) -> None:
@@ -211,9 +211,3 @@ def _extents(fd: int, offset: int, length: int) -> list[Extent]:
 
 def _ignore(_result: None, _error: BaseException | None) -> None:
     """A hint that was not taken does no harm."""
-
-
-def _as_os_error(error: BaseException | None) -> OSError | None:
-    if error is None or isinstance(error, OSError):
-        return error
-    return OSError(errno.EIO, str(error))

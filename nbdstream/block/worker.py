@@ -66,16 +66,7 @@ class Worker:
     async def run(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         """Return what ``call(*args)`` returns in the thread. A cancelled wait does not stop the call."""
         answer: asyncio.Future[T] = self._loop.create_future()
-
-        def done(result: Any, error: BaseException | None) -> None:
-            if answer.done():
-                return
-            if error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(result)
-
-        self.submit(done, call, *args)
+        self.submit(settling(answer), call, *args)
         return await answer
 
     async def close(self) -> None:
@@ -130,6 +121,27 @@ def _tell(finished: list[_Finished]) -> None:
             done(result, error)
         except Exception:  # the others of the batch are not to blame
             log.exception("a completion failed")
+
+
+def settling(answer: asyncio.Future[T]) -> Callable[[Any, BaseException | None], None]:
+    """Return a ``done(result, error)`` that settles a future, unless whoever waited has gone."""
+
+    def done(result: Any, error: BaseException | None) -> None:
+        if answer.done():
+            return
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(result)
+
+    return done
+
+
+def as_os_error(error: BaseException | None) -> OSError | None:
+    """Return an error of a call as what a device tells of it: anything unexpected is EIO."""
+    if error is None or isinstance(error, OSError):
+        return error
+    return OSError(errno.EIO, str(error))
 
 
 def pwrite_all(fd: int, data: Buffer, offset: int) -> None:

@@ -11,10 +11,11 @@ import errno
 import logging
 import random
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nbdstream.block.device import BlockDevice, Buffer
 from nbdstream.block.remote.export import CopyDone, RemoteExport
+from nbdstream.block.worker import settling
 from nbdstream.errors import SourceError, WrongSourceError
 
 if TYPE_CHECKING:
@@ -177,19 +178,16 @@ class Source(BlockDevice):
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:
         """Read from the source, keeping nothing."""
         answer: asyncio.Future[Buffer] = asyncio.get_running_loop().create_future()
+        settle = settling(answer)
 
         def ask(export: RemoteExport, request: _Request) -> None:
             def finished(data: Buffer | None, error: OSError | None) -> None:
-                if answer.done() or self._is_lost(error, request):
-                    return
-                if error:
-                    answer.set_exception(error)
-                elif data is not None:
-                    answer.set_result(data)
+                if not answer.done() and not self._is_lost(error, request):
+                    settle(data, error)
 
             export.read_soon(offset, length, finished)
 
-        self._submit(_Request(ask, lambda error: _fail(answer, error)))
+        self._submit(_Request(ask, lambda error: settle(None, error)))
         return [await answer]
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
@@ -207,11 +205,8 @@ class Source(BlockDevice):
         """Wait until the source is there. Raises OSError (ECANCELED) if it is closed before."""
         arrived: asyncio.Future[RemoteExport] = asyncio.get_running_loop().create_future()
 
-        def ask(export: RemoteExport, _: _Request) -> None:
-            if not arrived.done():
-                arrived.set_result(export)
-
-        self._submit(_Request(ask, lambda error: _fail(arrived, error)))
+        settle = settling(arrived)
+        self._submit(_Request(lambda export, _: settle(export, None), lambda error: settle(None, error)))
         return await arrived
 
     async def close(self) -> None:
@@ -225,11 +220,6 @@ class Source(BlockDevice):
         if self._export:
             export, self._export = self._export, None
             await export.close()
-
-
-def _fail(answer: asyncio.Future[Any], error: OSError) -> None:
-    if not answer.done():
-        answer.set_exception(error)
 
 
 def round_up(size: int) -> int:

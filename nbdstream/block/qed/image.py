@@ -16,7 +16,7 @@ from nbdstream.block.mapping import Mapping
 from nbdstream.block.qed.epochs import Epochs
 from nbdstream.block.qed.opening import OpenFile, open_file, write_header
 from nbdstream.block.qed.tables import PAGE_ENTRIES, UNALLOCATED, ZERO, Tables
-from nbdstream.block.worker import Worker, pread_exact, pwrite_all, pwritev_all
+from nbdstream.block.worker import Worker, as_os_error, pread_exact, pwrite_all, pwritev_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -166,7 +166,7 @@ class QedImage:
 
         # The generation goes along: no cluster that is being written is used again.
         def finished(_: None, error: BaseException | None, _generation: object = self._mapping.generation) -> None:
-            done(_as_os_error(error))
+            done(as_os_error(error))
 
         self._worker.submit(finished, pwrite_all, self._fd, data, place)
         return True
@@ -322,9 +322,3 @@ def _write(fd: int, buffers: Sequence[Buffer], place: int, _generation: object) 
 
 def _copy(fd: int, place: int, target: int, length: int) -> None:
     pwrite_all(fd, pread_exact(fd, length, place), target)
-
-
-def _as_os_error(error: BaseException | None) -> OSError | None:
-    if error is None or isinstance(error, OSError):
-        return error
-    return OSError(errno.EIO, str(error))

@@ -23,6 +23,7 @@ from nbdstream.errors import ImageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+
 class OpenFile(NamedTuple):
     """An image file that is open, locked and found to be sound."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -44,7 +45,7 @@ class Piece(NamedTuple):
     length: int
 
 
-class Command:
+class Command(ABC):
     """Something asked of a remote export, from the loop to the thread and back."""
 
     __slots__ = ("done", "end", "error", "length", "offset", "pieces_left", "start", "urgent")
@@ -73,13 +74,13 @@ class Command:
         self.pieces_left = len(pieces)
         return pieces
 
+    @abstractmethod
     def submit(self, piece: Piece, handle: Handle[Piece], pool: BufferPool) -> None:
         """Send a piece; raises OSError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, pool: BufferPool) -> object:
         """Return the result, when every piece is there; raises OSError."""
-        raise NotImplementedError
 
 
 class _Transfer(Command):
@@ -98,9 +99,9 @@ class _Transfer(Command):
         at = piece.offset - self.start
         handle.read(memoryview(self._buffer)[at : at + piece.length], piece.offset, piece)
 
+    @abstractmethod
     def allocate(self, length: int, pool: BufferPool) -> bytearray:
         """Return a buffer of at least ``length`` bytes."""
-        raise NotImplementedError
 
 
 class Read(_Transfer):

@@ -10,20 +10,19 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias
 
 from nbdstream.block.device import BlockDevice, Buffer
 from nbdstream.block.remote.commands import Copy, Read, Status
 from nbdstream.block.remote.handle import HandleError, RemoteInfo
 from nbdstream.block.remote.thread import RemoteThread
+from nbdstream.block.worker import settling
 from nbdstream.errors import SourceError
 from nbdstream.extents import Extent, ExtentFlags
 from nbdstream.uri import NbdUri, UriError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-T = TypeVar("T")
 
 ReadDone: TypeAlias = Callable[[bytearray | memoryview | None, OSError | None], None]
 """The bytes, which are the caller's from then on, or what went wrong."""
@@ -125,7 +124,7 @@ class RemoteExport(BlockDevice):
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:
         """Return the range as one buffer, which is the caller's."""
         answer: asyncio.Future[bytearray | memoryview] = asyncio.get_running_loop().create_future()
-        self.read_soon(offset, length, _settling(answer))
+        self.read_soon(offset, length, settling(answer))
         return [await answer]
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
@@ -133,7 +132,7 @@ class RemoteExport(BlockDevice):
         if not self.info.has_allocation:
             return [Extent(offset, length, ExtentFlags.DATA)]
         answer: asyncio.Future[list[Extent]] = asyncio.get_running_loop().create_future()
-        self._submit(Status(offset, length, _settling(answer)))
+        self._submit(Status(offset, length, settling(answer)))
         return await answer
 
     async def close(self) -> None:
@@ -151,17 +150,3 @@ class RemoteExport(BlockDevice):
 
 def _cannot_connect(uri: NbdUri, reason: str) -> SourceError:
     return SourceError(f"cannot connect to {uri.without_credentials()}: {reason}")
-
-
-def _settling(answer: asyncio.Future[T]) -> Callable[[Any, OSError | None], None]:
-    """Return a ``done`` that settles a future, unless whoever waited has gone."""
-
-    def done(result: Any, error: OSError | None) -> None:
-        if answer.done():
-            return
-        if error is not None:
-            answer.set_exception(error)
-        else:
-            answer.set_result(result)
-
-    return done
