@@ -149,15 +149,9 @@ class CommandPair(Pair):
         for command in (self.streamer, self.source):
             if command:
                 command.kill()
-        self._forget_record()
-        super().close()
-
-    def _forget_record(self) -> None:
-        """Remove what a killed streamer left in memory: nobody will open this overlay again."""
         if os.path.exists(self.overlay):
-            about = os.stat(self.overlay)
-            for record in glob.glob(f"{DIRECTORY}/nbdstream-*-{about.st_dev:x}-{about.st_ino:x}"):
-                os.unlink(record)
+            forget_records(os.path.dirname(self.overlay))
+        super().close()
 
 
 class LocalPair(Pair):
@@ -268,6 +262,14 @@ def make_image(path: str, size: int, rng: random.Random, data: Sequence[tuple[in
             file.writelines(rng.randbytes(min(length - start, 1 << 20)) for start in range(0, length, 1 << 20))
 
 
+def forget_records(directory: str) -> None:
+    """Remove what killed streamers left in memory about the overlays in a directory: nobody will open them again."""
+    for entry in os.scandir(directory):
+        about = entry.stat(follow_symlinks=False)
+        for record in glob.glob(f"{DIRECTORY}/nbdstream-*-{about.st_dev:x}-{about.st_ino:x}"):
+            os.unlink(record)
+
+
 @contextmanager
 def small_filesystem(directory: str, size: int) -> Iterator[str]:
     """Mount an ext4 of ``size`` bytes, without reserved blocks, and return where (as root)."""
@@ -278,6 +280,7 @@ def small_filesystem(directory: str, size: int) -> Iterator[str]:
     try:
         yield mount
     finally:
+        forget_records(mount)
         run("umount", mount, status=None)
 
 
