@@ -29,7 +29,15 @@ CHANGED = (40 * MIB, 8 * MIB)
 
 
 def fio(uri: str, *jobs: list[str], patience: float = 60.0) -> None:
-    common = ["--ioengine=nbd", f"--uri={uri}", "--bs=4k", "--iodepth=16", "--randseed=7", "--verify_fatal=1"]
+    common = [
+        "--ioengine=nbd",
+        f"--uri={uri}",
+        "--bs=4k",
+        "--iodepth=16",
+        "--randseed=7",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+    ]
     run("fio", *common, *(word for job in jobs for word in job), patience=patience)
 
 

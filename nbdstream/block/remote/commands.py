@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -176,28 +177,30 @@ class Status(Command):
 class BufferPool:
     """Buffers that are used again: a fresh one of a megabyte costs as much to fault in as to fill.
 
-    Only for data of one source: what a buffer held before is still in it.
+    Only for data of one source: what a buffer held before is still in it. Any thread may take and give.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._free: dict[int, list[bytearray]] = {}
         self._free_bytes = 0
 
     def take(self, length: int) -> bytearray:
         """Return a buffer of at least ``length`` bytes."""
         size = max(_SMALLEST_BUFFER, 1 << (length - 1).bit_length())
-        free = self._free.get(size)
-        if free:
-            self._free_bytes -= size
-            return free.pop()
+        with self._lock:
+            if free := self._free.get(size):
+                self._free_bytes -= size
+                return free.pop()
         return bytearray(size)
 
     def give(self, buffer: bytearray) -> None:
         """Take a buffer back that nothing refers to any more."""
         size = len(buffer)
-        if self._free_bytes + size <= _POOL_BYTES:
-            self._free_bytes += size
-            self._free.setdefault(size, []).append(buffer)
+        with self._lock:
+            if self._free_bytes + size <= _POOL_BYTES:
+                self._free_bytes += size
+                self._free.setdefault(size, []).append(buffer)
 
 
 _zeroes: dict[int, bytes] = {}

@@ -107,7 +107,7 @@ class RemoteExport(BlockDevice):
         urgent: bool = False,
         write_back: bool = True,
     ) -> None:
-        """Read a range and write it to ``fd`` at ``file_offset``, both in the export's thread.
+        """Read a range and write it to ``fd`` at ``file_offset``, neither of it on the loop.
 
         With ``zero_unit``, of the range's units of so many bytes those that hold only zeroes are not
         written but told of. ``write_back`` has the kernel begin at once to bring the data to the disk: an

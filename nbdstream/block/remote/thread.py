@@ -1,6 +1,6 @@
 """The thread of a remote export: its poll loop over all of the export's connections.
 
-Bulk data is received, looked through and written to its file in this thread and never crosses the event
+Bulk data is received in this thread, written to its file in another (see store), and never crosses the event
 loop. What is urgent overtakes it on the way out and on the way back.
 """
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from nbdstream.block.remote.commands import Alignment, BufferPool, Command, Copy, Piece
 from nbdstream.block.remote.handle import Handle, HandleError, RemoteInfo, connection_lost
 from nbdstream.block.remote.mailbox import Mailbox
+from nbdstream.block.remote.store import Store
 
 if TYPE_CHECKING:
     import asyncio
@@ -76,8 +77,7 @@ class RemoteThread:
         self._by_fd: dict[int, _Handle] = {}
         self._urgent: deque[Piece] = deque()
         self._bulk: deque[Piece] = deque()
-        self._copies: deque[Copy] = deque()
-        """Received, and still to be written to their files."""
+        self._store = Store(self._finish_and_tell)
         # A daemon: a host name that is being looked up must not keep the process from its end.
         self._thread = threading.Thread(target=self._main, name="nbd-source", daemon=True)
         self._thread.start()
@@ -111,16 +111,12 @@ class RemoteThread:
         self._accept()
         self._send()
         self._mailbox.tell()
-        busy = self._copies or self._stopping
-        for fd, revents in self._mailbox.sleep(0 if busy else self._idle_milliseconds()):
+        for fd, revents in self._mailbox.sleep(0 if self._stopping else self._idle_milliseconds()):
             if handle := self._by_fd.get(fd):
                 self._notify(handle, revents)
         if self._connecting:
             self._expire()
         self._mailbox.tell()
-        if self._copies:
-            # One a round, and after what the guest waits for: writing takes long.
-            self._finish(self._copies.popleft())
 
     # Connecting.
 
@@ -282,7 +278,7 @@ class RemoteThread:
         if command.pieces_left:
             return
         if isinstance(command, Copy) and command.error is None:
-            self._copies.append(command)
+            self._store.put(command)
         else:
             self._finish(command)
 
@@ -293,12 +289,21 @@ class RemoteThread:
                 result = command.finish(self._pool)
             except OSError as error:
                 command.error = error
+            except Exception:  # whoever waits must be told, whatever it is
+                log.exception("a mistake of ours: a command for the source fails")
+                command.error = OSError(errno.EIO, "an error in nbdstream, see the log")
         self._mailbox.answer(command.done, result, command.error)
+
+    def _finish_and_tell(self, copy: Copy) -> None:
+        """Write what was received to its file (in the store's thread)."""
+        self._finish(copy)
+        self._mailbox.tell()
 
     def _let_go(self) -> None:
         """Close the connections and fail all that is left."""
         self._abandon_all(_cancelled)
-        while command := self._copies.popleft() if self._copies else self._mailbox.take():
+        self._store.close()  # what was received is stored
+        while command := self._mailbox.take():
             command.error = _cancelled()
             self._finish(command)
         self._mailbox.close()
