@@ -234,6 +234,40 @@ async def test_a_full_disk_does_not_keep_links_into_tables_that_exist_from_a_lat
     assert (raw.get(raw.l2_offset(1)), raw.get(raw.l2_offset(SPAN))) == (place, ZERO)
 
 
+async def test_a_flush_on_a_full_disk_makes_durable_what_was_answered(
+    path: str, image: QedImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flush comes while an epoch is about to fail for want of room for a table."""
+    await store(image, 0)
+    await image.linked()
+    place = await store(image, 1)
+    assert image.note(1), "it may be answered now"
+    await store(image, SPAN)
+    raw = qed.RawImage(path)
+    made_durable: list[int] = []
+    pwrite, fdatasync = os.pwrite, os.fdatasync
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        if len(data) == 2 * CLUSTER:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(fd, data, offset)
+
+    def barrier(fd: int) -> None:
+        made_durable.append(raw.get(raw.l2_offset(1)))
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "fdatasync", barrier)
+    linking = asyncio.create_task(image.linked())
+    while image.backlog:  # until the epoch has begun
+        await asyncio.sleep(0)
+    await image.flush()
+    assert made_durable[-1] == place
+    with pytest.raises(OSError, match="No space"):
+        await linking
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+
 # Replaced clusters.
 
 
