@@ -310,7 +310,8 @@ class Overlay(BlockDevice):
             entry = await self._settled_entry(cluster)
             if entry > ZERO or (entry == UNALLOCATED and self._is_below(cluster)):
                 await self._map(cluster, ZERO)
-                safe = self._make_safe(cluster, 1) and safe
+            # Somebody else may have made it a zero cluster, and still be waiting for its link.
+            safe = self._make_safe(cluster, 1) and safe
             if (cluster - first) % _CLUSTERS_AT_ONCE == _CLUSTERS_AT_ONCE - 1:
                 await asyncio.sleep(0)
         if not safe:

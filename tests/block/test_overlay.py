@@ -132,6 +132,19 @@ async def test_discard_of_whole_clusters_hides_what_lies_below(tmp_path: Path) -
     await overlay.close()
 
 
+async def test_zeroes_over_zeroes_that_are_not_linked_yet_are_answered_no_earlier(tmp_path: Path) -> None:
+    """There is no L2 table, so that the first cannot be noted: a kill would lose both."""
+    make(tmp_path / "o", 4 * CLUSTER)
+    overlay = await reopen(tmp_path / "o", b"\x11" * 4 * CLUSTER)
+    first = asyncio.create_task(overlay.write_zeroes(0, CLUSTER, may_unmap=True))
+    await asyncio.sleep(0)
+    assert 0 in overlay.image.unlinked
+    await overlay.discard(0, CLUSTER)
+    assert 0 not in overlay.image.unlinked
+    await first
+    await overlay.close()
+
+
 async def test_zeroes_that_may_not_unmap_allocate(tmp_path: Path) -> None:
     make(tmp_path / "o", 4 * CLUSTER, backing=False)
     overlay = await reopen(tmp_path / "o", None)

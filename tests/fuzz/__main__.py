@@ -8,7 +8,7 @@ from pathlib import Path
 import atheris
 
 # The cores have to be imported here first: what was imported before is not instrumented.
-with atheris.instrument_imports(include=["nbdstream.wire"]):
+with atheris.instrument_imports(include=["nbdstream.wire", "nbdstream.block.qed"]):
     from tests.fuzz.targets import TARGETS
 
 

@@ -1,5 +1,7 @@
 """What is fuzzed: the negotiation and the transmission core, by bytes alone, and what must hold whatever the bytes are.
 
+(And images: see :mod:`tests.fuzz.images`.)
+
 Each target takes one input and raises AssertionError where the core breaks its word:
 
 - it raises nothing but ProtocolError;
@@ -30,6 +32,7 @@ from nbdstream.wire.nbd import (
 )
 from nbdstream.wire.negotiation import MAXIMUM_OPTION, Negotiation, Phase, Tls
 from nbdstream.wire.transmission import Request, Transmission, context_ids
+from tests.fuzz.images import image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,7 +124,11 @@ def requests(data: bytes) -> None:
         assert sum(map(_bytes_of, whole.requests)) + whole.left == len(data) - _HEAD
 
 
-TARGETS: Final[dict[str, Callable[[bytes], None]]] = {"negotiation": negotiation, "requests": requests}
+TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
+    "negotiation": negotiation,
+    "requests": requests,
+    "image": image,
+}
 
 
 def _ways_to_cut(seed: int, stream: bytes) -> Iterator[Iterator[bytes]]:

@@ -21,7 +21,7 @@ from nbdstream.block.qed.record import AUTOCLEAR_RECORD, Link, Record, read_reco
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import pytest
 
@@ -46,13 +46,84 @@ class Event:
         return self.offset + len(self.data)
 
 
-class Recorder:
+class Recording:
+    """What was done to one file, and the states that follow from it."""
+
+    def __init__(self, initial: bytes, events: Iterable[Event] = ()) -> None:
+        """``initial`` is what was in the file, and durable, before."""
+        self.initial = initial
+        self.events = list(events)
+
+    @property
+    def end(self) -> int:
+        """The moment behind everything."""
+        return max((event.end for event in self.events), default=0)
+
+    def killed(self, moment: int) -> bytes:
+        """What the file is when the process is killed: all that was written until then."""
+        disk = _Disk(self.initial)
+        for event in self._changes(moment):
+            if event.end <= moment:
+                disk.apply(event)
+        return disk.content()
+
+    def power_cut(self, moment: int, chance: random.Random) -> bytes:
+        """A state that the file could be in after a power cut.
+
+        The writes that no barrier covers are there or not, sector by sector, or each as a whole.
+        """
+        disk, pending = self._durable(moment)
+        sizes = [len(disk.bytes)]
+        for event in pending:
+            sizes.append(event.reach if event.kind == "truncate" else max(sizes[-1], event.reach))
+        size = chance.choice([*sizes, max(sizes)])
+        disk.grow(max(sizes), _GARBAGE if chance.random() < 0.5 else bytes(SECTOR))
+        whole = chance.random() < 0.5
+        probability = chance.choice([0.0, 0.1, 0.5, 0.9, 1.0])
+        for event in pending:
+            if whole:
+                probability = float(chance.random() < 0.5)
+            disk.apply_sectors(event, lambda: chance.random() < probability)  # noqa: B023 - called at once
+        return bytes(disk.bytes[:size])
+
+    def every_power_cut(self, moment: int) -> Iterator[bytes]:
+        """The states after a power cut in which every write is there or not as a whole."""
+        disk, pending = self._durable(moment)
+        for chosen in itertools.product((False, True), repeat=len(pending)):
+            state = _Disk(bytes(disk.bytes))
+            for event, wanted in zip(pending, chosen, strict=True):
+                if wanted:
+                    state.apply(event)
+            yield state.content()
+
+    def pending(self, moment: int) -> int:
+        """How many changes no barrier covers yet."""
+        return len(self._durable(moment)[1])
+
+    def _changes(self, moment: int) -> list[Event]:
+        """The writes and truncations that had begun, in the order of their ends."""
+        changes = [event for event in self.events if event.kind != "sync" and event.begin <= moment]
+        return sorted(changes, key=lambda event: event.end)
+
+    def _durable(self, moment: int) -> tuple[_Disk, list[Event]]:
+        """What is surely on the disk, and the changes that may be."""
+        covered = max((sync.begin for sync in self.events if sync.kind == "sync" and sync.end <= moment), default=0)
+        disk = _Disk(self.initial)
+        pending = []
+        for event in self._changes(moment):
+            if event.end < covered:
+                disk.apply(event)
+            else:
+                pending.append(event)
+        return disk, pending
+
+
+class Recorder(Recording):
     """Records what this process does to one file, from all of its threads."""
 
     def __init__(self, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with open(path, "rb") as file:
-            self.initial = file.read()
-        self.events: list[Event] = []
+            super().__init__(file.read())
         self._path = path
         self._identity = self._of(os.stat(path))
         self._noted: list[tuple[int, list[Link]]] = [(0, [])]
@@ -116,64 +187,9 @@ class Recorder:
     def _synced(self, begin: int, _: None) -> None:
         self.events.append(Event("sync", begin, self.now()))
 
-    @property
-    def end(self) -> int:
-        """The moment behind everything."""
-        return max((event.end for event in self.events), default=0)
-
     def noted(self, moment: int) -> list[Link]:
         """What the record in memory says at a moment."""
         return self._noted[bisect_right([when for when, _ in self._noted], moment) - 1][1]
-
-    def killed(self, moment: int) -> bytes:
-        """What the file is when the process is killed: all that was written until then."""
-        disk = _Disk(self.initial)
-        for event in self._changes(moment):
-            if event.end <= moment:
-                disk.apply(event)
-        return disk.content()
-
-    def power_cut(self, moment: int, chance: random.Random) -> bytes:
-        """A state that the file could be in after a power cut."""
-        disk, pending = self._durable(moment)
-        probability = chance.choice([0.0, 0.1, 0.5, 0.9, 1.0])
-        sizes = [len(disk.bytes)]
-        newest = _Disk(bytes(disk.bytes))
-        for event in pending:
-            newest.apply(event)
-            sizes.append(len(newest.bytes))
-        size = chance.choice(sizes)
-        disk.grow(max(sizes), _GARBAGE if chance.random() < 0.5 else bytes(SECTOR))
-        for event in pending:
-            disk.apply_sectors(event, lambda: chance.random() < probability)
-        return bytes(disk.bytes[:size])
-
-    def every_power_cut(self, moment: int) -> Iterator[bytes]:
-        """The states after a power cut in which every write is there or not as a whole."""
-        disk, pending = self._durable(moment)
-        for chosen in itertools.product((False, True), repeat=len(pending)):
-            state = _Disk(bytes(disk.bytes))
-            for event, wanted in zip(pending, chosen, strict=True):
-                if wanted:
-                    state.apply(event)
-            yield state.content()
-
-    def _changes(self, moment: int) -> list[Event]:
-        """The writes and truncations that had begun, in the order of their ends."""
-        changes = [event for event in self.events if event.kind != "sync" and event.begin <= moment]
-        return sorted(changes, key=lambda event: event.end)
-
-    def _durable(self, moment: int) -> tuple[_Disk, list[Event]]:
-        """What is surely on the disk, and the changes that may be."""
-        covered = max((sync.begin for sync in self.events if sync.kind == "sync" and sync.end <= moment), default=0)
-        disk = _Disk(self.initial)
-        pending = []
-        for event in self._changes(moment):
-            if event.end < covered:
-                disk.apply(event)
-            else:
-                pending.append(event)
-        return disk, pending
 
 
 class _Disk:
@@ -263,20 +279,22 @@ class Image:
                 raise DamagedError(f"{what} is at {place:#x}, which is used already")
             self._used.add(number)
 
-    def read(self, sector: int) -> bytes | None:
-        """What a sector of the disk reads as; None if it is unallocated."""
-        cluster, within = divmod(sector * SECTOR, self.cluster_size)
+    def read(self, cluster: int) -> bytes | None:
+        """What a cluster of the disk reads as; None if it is unallocated."""
         entry = self.mapped.get(cluster, 0)
         if entry <= 1:
-            return bytes(SECTOR) if entry else None
-        return self._content[entry + within : entry + within + SECTOR]
+            return bytes(self.cluster_size) if entry else None
+        return self._content[entry : entry + self.cluster_size]
 
 
 @dataclass
-class _Written:
+class Written:
+    """A write into one sector."""
+
     begun: int
     value: bytes
     answered: int | None = None
+    durable: int | None = None
 
 
 @dataclass
@@ -285,24 +303,25 @@ class Model:
 
     below: bytes
     """What is read where nothing was written."""
-    history: dict[int, list[_Written]] = field(default_factory=dict)
+    history: dict[int, list[Written]] = field(default_factory=dict)
     flushes: list[tuple[int, int]] = field(default_factory=list)
     """When it began and when it was answered."""
 
-    def begin(self, moment: int, offset: int, data: bytes) -> list[_Written]:
+    def begin(self, moment: int, offset: int, data: bytes) -> list[Written]:
         """Take note of a write that is about to begin; the result is for :meth:`answered`."""
         written = []
         for position in range(0, len(data), SECTOR):
-            entry = _Written(moment, data[position : position + SECTOR])
+            entry = Written(moment, data[position : position + SECTOR])
             self.history.setdefault((offset + position) // SECTOR, []).append(entry)
             written.append(entry)
         return written
 
     @staticmethod
-    def answered(moment: int, written: list[_Written]) -> None:
-        """Take note that a write was answered."""
+    def answered(moment: int, written: list[Written], *, durable: bool = False) -> None:
+        """Take note that a write was answered; ``durable`` if it was asked to be (FUA)."""
         for entry in written:
             entry.answered = moment
+            entry.durable = moment if durable else None
 
     def check_power_cut(self, content: bytes, moment: int) -> None:
         """Raise DamagedError unless this may be there: what was flushed, or newer."""
@@ -315,29 +334,41 @@ class Model:
         self._check(image, moment, answered_before=moment)
 
     def _check(self, image: Image, moment: int, *, answered_before: int) -> None:
-        per_cluster = image.cluster_size // SECTOR
-        looked_at = {sector for c in image.mapped for sector in range(c * per_cluster, (c + 1) * per_cluster)}
+        size = image.cluster_size
+        written = {sector * SECTOR // size for sector in self.history}
+        clusters = image.mapped.keys() | written
         if not image.has_backing:
-            looked_at.update(range(len(self.below) // SECTOR))
-        for sector in looked_at | self.history.keys():
-            found = image.read(sector)
+            clusters = clusters | set(range(-(-len(self.below) // size)))
+        for cluster in clusters:
+            found = image.read(cluster)
+            below = self.below[cluster * size : (cluster + 1) * size].ljust(size, b"\0")
             if found is None:
-                found = self._below(sector) if image.has_backing else bytes(SECTOR)
-            if found not in self._allowed(sector, moment, answered_before):
-                raise DamagedError(f"at {moment}: sector {sector} reads {found[:16]!r}...")
+                found = below if image.has_backing else bytes(size)
+            if cluster in written:
+                self._check_sectors(cluster, found, below, moment, answered_before)
+            elif found != below:
+                raise DamagedError(f"at {moment}: cluster {cluster}, not written, reads {found[:16]!r}...")
 
-    def _allowed(self, sector: int, moment: int, answered_before: int) -> list[bytes]:
-        history = self.history.get(sector, [])
-        begun = bisect_right([entry.begun for entry in history], moment)
-        values = [self._below(sector)]
-        for entry in history[:begun]:
-            if entry.answered is not None and entry.answered <= answered_before:
-                values.clear()  # it is there, or something newer is
-            values.append(entry.value)
-        return values
+    def _check_sectors(self, cluster: int, found: bytes, below: bytes, moment: int, answered_before: int) -> None:
+        first = cluster * len(found) // SECTOR
+        for position in range(0, len(found), SECTOR):
+            part = slice(position, position + SECTOR)
+            history = self.history.get(first + position // SECTOR, ())
+            if found[part] not in _allowed(below[part], history, moment, answered_before):
+                sector = first + position // SECTOR
+                raise DamagedError(f"at {moment}: sector {sector} reads {found[part][:16]!r}...")
 
-    def _below(self, sector: int) -> bytes:
-        return self.below[sector * SECTOR : (sector + 1) * SECTOR].ljust(SECTOR, b"\0")
+
+def _allowed(below: bytes, history: Sequence[Written], moment: int, answered_before: int) -> list[bytes]:
+    values = [below]
+    for entry in history:
+        if entry.begun > moment:
+            break
+        promised = entry.answered is not None and entry.answered <= answered_before
+        if promised or (entry.durable is not None and entry.durable <= moment):
+            values.clear()  # it is there, or something newer is
+        values.append(entry.value)
+    return values
 
 
 def check_order(recorder: Recorder) -> int:

@@ -143,6 +143,7 @@ class Workload:
         self._stop = threading.Event()
         self._going = threading.Event()
         self._going.set()
+        self._paused = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -153,8 +154,10 @@ class Workload:
         self.close()
 
     def pause(self) -> None:
-        """Do not connect again until :meth:`go_on`."""
+        """Do not connect again until :meth:`go_on`; nobody must be serving now. Nothing is sent when this returns."""
+        self._paused.clear()
         self._going.clear()
+        wait_until(lambda: self._paused.is_set() or not self._thread.is_alive(), "the guest to pause")
 
     def go_on(self) -> None:
         """Connect again."""
@@ -177,7 +180,11 @@ class Workload:
         wait_until(lambda: not self.connected, "the loss of the connection")
 
     def _run(self) -> None:
-        while self._going.wait() and not self._stop.is_set() and not self.faults:
+        while not self._stop.is_set() and not self.faults:
+            if not self._going.is_set():  # an attempt to connect that began before the pause has ended
+                self._paused.set()
+                self._going.wait()
+                continue
             try:
                 client = NbdClient(self._socket)
             except LostError:

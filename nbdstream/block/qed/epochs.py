@@ -191,17 +191,15 @@ class Epochs:
         half = self._record.begin_epoch() if self._record else 0
         try:
             tables = await self._write_new_tables(queue)
-        except OSError as error:  # a full disk: the links stay queued, and what needs no new table goes on
-            self._queue[:0] = queue
-            self._replaced[:0] = replaced
+        except OSError as error:  # a full disk
             _reject(linkers, error)
-            queue, replaced, linkers, tables, half = [], [], [], {}, -1
+            queue, linkers, tables = self._postpone(queue), [], {}
         try:
             await self._worker.run(os.fdatasync, self._fd)
             _resolve(flushers)
             self._recycle_durably(replaced)
             await self._link(tables, queue)
-            if self._record and half >= 0:
+            if self._record:
                 self._record.clear(half)
             _resolve(linkers)
         except OSError as error:
@@ -218,6 +216,15 @@ class Epochs:
         if tables:
             await self._worker.run(self._tables.write_new_tables, tables, queue)
         return tables
+
+    def _postpone(self, queue: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Queue those links again that need a new table, and return the others.
+
+        What was noted is among the others always, so a flush keeps its word on a full disk, too.
+        """
+        l1, index_of = self._tables.l1, self._tables.l1_index
+        self._queue[:0] = [link for link in queue if not l1[index_of(link[0])]]
+        return [link for link in queue if l1[index_of(link[0])]]
 
     def _recycle_durably(self, replaced: list[int]) -> None:
         """Give back what the *last* epoch's links replaced: the barrier just passed made those links durable."""

@@ -108,13 +108,10 @@ class Record:
     def begin_epoch(self) -> int:
         """Note what comes in the other half from now on; return the half to :meth:`clear` when it has been linked.
 
-        Where the last epoch failed its half is still in use. Then nothing changes but that this half is returned:
-        its links are in the epoch that begins, and those in the present half may be noted for one epoch too long.
+        The half that the epoch before returned must have been cleared.
         """
-        old, new = self._half, 1 - self._half
-        if self._counts[new]:
-            return new
-        self._half = new
+        old = self._half
+        self._half = 1 - old
         self._open_half()
         return old
 
@@ -122,8 +119,6 @@ class Record:
         """Forget what a half notes: it is in the file."""
         self._set_generation(half, 0)
         self._counts[half] = 0
-        if half == self._half:
-            self._open_half()
 
     def close(self) -> None:
         """Remove the record: everything that it notes is in the file."""

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nbdstream.block.overlay import Overlay
-from nbdstream.block.qed.epochs import Epochs
 from nbdstream.block.qed.image import QedImage
 from nbdstream.block.qed.opening import create_file
 from nbdstream.block.qed.tables import ZERO
@@ -26,6 +25,7 @@ from nbdstream.block.qed.tidy import tidy
 from tests.support import qed
 from tests.support.crash import SECTOR, DamagedError, Image, Model, Recorder, check_order
 from tests.support.memory import MemoryDevice
+from tests.support.mistakes import answer_before_the_link, link_before_the_barrier, no_barrier, reuse_at_once
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -234,6 +234,40 @@ async def test_a_full_disk_does_not_keep_links_into_tables_that_exist_from_a_lat
     assert (raw.get(raw.l2_offset(1)), raw.get(raw.l2_offset(SPAN))) == (place, ZERO)
 
 
+async def test_a_flush_on_a_full_disk_makes_durable_what_was_answered(
+    path: str, image: QedImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flush comes while an epoch is about to fail for want of room for a table."""
+    await store(image, 0)
+    await image.linked()
+    place = await store(image, 1)
+    assert image.note(1), "it may be answered now"
+    await store(image, SPAN)
+    raw = qed.RawImage(path)
+    made_durable: list[int] = []
+    pwrite, fdatasync = os.pwrite, os.fdatasync
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        if len(data) == 2 * CLUSTER:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(fd, data, offset)
+
+    def barrier(fd: int) -> None:
+        made_durable.append(raw.get(raw.l2_offset(1)))
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "fdatasync", barrier)
+    linking = asyncio.create_task(image.linked())
+    while image.backlog:  # until the epoch has begun
+        await asyncio.sleep(0)
+    await image.flush()
+    assert made_durable[-1] == place
+    with pytest.raises(OSError, match="No space"):
+        await linking
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+
 # Replaced clusters.
 
 
@@ -421,32 +455,7 @@ async def test_every_link_comes_behind_a_barrier_that_began_when_its_data_was_wr
 # The tests are tested: what they are for must not get past them.
 
 
-def _link_before_the_barrier(patch: pytest.MonkeyPatch) -> None:
-    right = Epochs._write_new_tables
-
-    async def early(self: Epochs, queue: list[tuple[int, int]]) -> dict[int, int]:
-        tables = await right(self, queue)
-        await self._worker.run(self._tables.link, tables, queue)
-        return tables
-
-    patch.setattr(Epochs, "_write_new_tables", early)
-
-
-def _no_barrier(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(os, "fdatasync", lambda _fd: None)
-
-
-def _reuse_at_once(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Epochs, "_recycle_durably", lambda self, replaced: self._recycle(replaced))
-
-
-def _answer_before_the_link(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Epochs, "note", lambda self, cluster: True)
-
-
-@pytest.mark.parametrize(
-    "mistake", [_link_before_the_barrier, _no_barrier, _reuse_at_once, _answer_before_the_link]
-)
+@pytest.mark.parametrize("mistake", [link_before_the_barrier, no_barrier, reuse_at_once, answer_before_the_link])
 async def test_a_wrong_order_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, mistake: Mistake
 ) -> None:

@@ -156,18 +156,3 @@ def test_what_is_read_is_what_was_noted_and_not_cleared(steps: list[tuple[int, i
                 running, old = None, []
         assert read_record(image.fileno(), uuid) == old + new
         record.close()
-
-
-def test_after_a_failed_epoch_everything_is_still_noted_in_order(tmp_path: Path) -> None:
-    with open(tmp_path / "image", "w+b") as image:
-        record = Record.create(image.fileno(), UUID(int=2))
-        assert record
-        record.note(1, 10)
-        record.begin_epoch()  # ... which fails
-        record.note(1, 20)
-        half = record.begin_epoch()
-        record.note(1, 30)
-        assert read_record(image.fileno(), UUID(int=2)) == [(1, 10), (1, 20), (1, 30)]
-        record.clear(half)
-        assert read_record(image.fileno(), UUID(int=2)) == [(1, 20), (1, 30)]
-        record.close()
