@@ -7,6 +7,7 @@ into a raw disk must not choose what its host opens.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from nbdstream.block.overlay import Overlay
@@ -50,20 +51,35 @@ async def open_device(
     layers below, the next one first. ``alone`` leaves an image without its backing file if no format for that is
     given; otherwise that is an error, since part of the disk would be missing. Raises NbdstreamError.
     """
+    return await _open_layers(path, image_format, backing_formats, [], writable=writable, alone=alone)
+
+
+async def _open_layers(
+    path: str,
+    image_format: str | None,
+    backing_formats: Sequence[str],
+    above: list[os.stat_result],
+    *,
+    writable: bool = False,
+    alone: bool = False,
+) -> BlockDevice:
+    """Open an image and what lies below it; ``above`` are the files of the layers that lie above it."""
     if image_format != "qed":
         if backing_formats:
             raise ImageError(f"{path}: a raw image has no backing file")
         return await RawImage.open(path, writable=writable, probe=image_format is None)
     image = await QedImage.open(path, writable=writable)
     try:
-        below = await _open_below(image, backing_formats, alone=alone)
+        below = await _open_below(image, backing_formats, [*above, os.fstat(image.fd)], alone=alone)
     except BaseException:
         await image.close()
         raise
     return Overlay(image, below)
 
 
-async def _open_below(image: QedImage, formats: Sequence[str], *, alone: bool) -> BlockDevice | None:
+async def _open_below(
+    image: QedImage, formats: Sequence[str], above: list[os.stat_result], *, alone: bool
+) -> BlockDevice | None:
     name = image.backing_name
     if name is None:
         if formats:
@@ -77,7 +93,17 @@ async def _open_below(image: QedImage, formats: Sequence[str], *, alone: bool) -
         raise ImageError(f"{image.path}: a backing chain of more than {MOST_LAYERS} layers is not opened")
     if is_nbd_uri(name):
         return await open_device_or_uri(name, formats[0], formats[1:])
-    return await open_device(_resolve(image.path, name), formats[0], formats[1:], writable=False)
+    path = _resolve(image.path, name)
+    _check_loop(image.path, path, above)
+    return await _open_layers(path, formats[0], formats[1:], above)
+
+
+def _check_loop(overlay: str, path: str, above: list[os.stat_result]) -> None:
+    """Raise ImageError if a backing file is one of the images that lie above it."""
+    with suppress(OSError):  # opening it will say what is wrong
+        about = os.stat(path)
+        if any(os.path.samestat(about, other) for other in above):
+            raise ImageError(f"{overlay}: its backing file {path} is one of its overlays: the chain has no end")
 
 
 def _resolve(overlay: str, name: str) -> str:

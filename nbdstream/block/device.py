@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+from nbdstream.extents import merge
 
 if TYPE_CHECKING:
     from nbdstream.extents import Extent
@@ -34,7 +36,7 @@ class BlockDevice(ABC):
     """What holds blocks: an image, a device layered on another, a remote export."""
 
     size: int
-    """Bytes; does not change while the device is open."""
+    """Bytes. Does not change while the device is open, but for a QED image that grows (block/growth.py)."""
     read_only: bool
     minimum_block: int = 1
     """Requests must be aligned to this (NBD_INFO_BLOCK_SIZE's minimum), bytes."""
@@ -93,6 +95,19 @@ class BlockDevice(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Let go of everything. What was flushed is durable; calling it twice does no harm."""
+
+
+async def all_extents(device: BlockDevice, offset: int, length: int) -> AsyncIterator[Extent]:
+    """Describe a whole range, however many calls that takes; neighbours in the same state are joined."""
+    end = offset + length
+    last: Extent | None = None
+    while offset < end:
+        *whole, open_end = merge(([last] if last else []) + await device.extents(offset, end - offset))
+        for extent in whole:
+            yield extent
+        last, offset = open_end, open_end.end
+    if last:
+        yield last
 
 
 def zero_buffers(length: int) -> list[Buffer]:

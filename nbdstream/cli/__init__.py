@@ -16,7 +16,8 @@ COMMANDS = {
     "create": "make a QED image or overlay",
     "info": "say what an image or export is",
     "map": "list which parts hold data, zeroes, or are still remote",
-    "check": "look for damage and leaks in a QED image",
+    "check": "look for damage and leaks in a QED image, and repair it",
+    "resize": "make the disk of a QED image larger",
 }
 
 FAILED = 1

@@ -9,13 +9,13 @@ import sys
 from typing import TYPE_CHECKING
 
 from nbdstream.block.chain import open_device_or_uri
+from nbdstream.block.device import all_extents
 from nbdstream.cli import arguments
-from nbdstream.extents import Extent, ExtentFlags, merge
+from nbdstream.extents import Extent, ExtentFlags
 
 if TYPE_CHECKING:
     import argparse
-
-    from nbdstream.block.device import BlockDevice
+    from collections.abc import AsyncIterator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,25 +33,25 @@ async def run(options: argparse.Namespace) -> int:
         options.image, options.format, options.backing_format, tls_certificates=options.tls_certificates, alone=True
     )
     try:
-        extents = await _all_extents(device)
+        await (_print_json if options.json else _print)(all_extents(device, 0, device.size))
     finally:
         await device.close()
-    if options.json:
-        sys.stdout.write(json.dumps([_as_json(extent) for extent in extents], indent=1) + "\n")
-    else:
-        for extent in extents:
-            kind = extent.flags & (ExtentFlags.HOLE | ExtentFlags.ZERO)
-            sys.stdout.write(f"{extent.offset:>12} {extent.length:>12} {int(kind):>4}  {_describe(extent)}\n")
     return 0
 
 
-async def _all_extents(device: BlockDevice) -> list[Extent]:
-    found: list[Extent] = []
-    position = 0
-    while position < device.size:
-        found += await device.extents(position, device.size - position)
-        position = found[-1].end
-    return list(merge(found))
+async def _print(extents: AsyncIterator[Extent]) -> None:
+    """Print lines as they become known: a map can be longer than the memory."""
+    async for extent in extents:
+        kind = extent.flags & (ExtentFlags.HOLE | ExtentFlags.ZERO)
+        sys.stdout.write(f"{extent.offset:>12} {extent.length:>12} {int(kind):>4}  {_describe(extent)}\n")
+
+
+async def _print_json(extents: AsyncIterator[Extent]) -> None:
+    before = "[\n"
+    async for extent in extents:
+        sys.stdout.write(before + json.dumps(_as_json(extent)))
+        before = ",\n"
+    sys.stdout.write("[]\n" if before.startswith("[") else "\n]\n")
 
 
 def _describe(extent: Extent) -> str:

@@ -24,8 +24,8 @@ from nbdstream.wire.negotiation import Negotiation, Phase, Tls
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from nbdstream.block.joining import KernelJoin
     from nbdstream.server.export import Export
-    from nbdstream.server.joining import KernelJoin
     from nbdstream.server.limits import Limits
     from nbdstream.server.payloads import PayloadMemory
     from nbdstream.server.tls import TlsPolicy

@@ -8,10 +8,10 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
+from nbdstream.block.joining import KernelJoin
 from nbdstream.errors import ListenError
 from nbdstream.server import sockets
 from nbdstream.server.handshake import Handshake
-from nbdstream.server.joining import KernelJoin
 from nbdstream.server.limits import Limits
 from nbdstream.server.payloads import PayloadMemory
 from nbdstream.uri import NbdUri

@@ -61,6 +61,8 @@ class Survey:
             self._zeroes_so_far()
             self.on_progress()
             await asyncio.sleep(0)
+        if self._zero_from is None:
+            self._zero_from = end
         self._end_of_zeroes(self._overlay.size)  # behind the source's end there is nothing but zeroes
         self.position = self._overlay.size
         self.done = True

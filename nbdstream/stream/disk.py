@@ -177,7 +177,8 @@ async def _prepare(path: str, uri: NbdUri, source: Source, undo: AsyncExitStack,
     if backing_name is None:
         return
     remembered = extension.origin_size if extension else 0
-    source.expect(remembered if round_up(remembered) == header.image_size else header.image_size)
+    # Less than the overlay's own size where that has grown since.
+    source.expect(remembered if 0 < remembered <= header.image_size else header.image_size)
     await _connect_or_wait(source, wait=wait)
 
 

@@ -121,10 +121,47 @@ async def test_a_format_for_a_backing_file_that_is_not_there_is_refused(tmp_path
         await open_device(path, "qed", ["raw"], writable=False)
 
 
-async def test_a_chain_without_end_is_refused(tmp_path: Path) -> None:
-    path = qed.create(str(tmp_path / "image"), SIZE, backing="image", backing_format="qed")
+@pytest.mark.parametrize("writable", [False, True])
+@pytest.mark.parametrize("lower", ["image", "other"], ids=["itself", "its overlay"])
+async def test_a_chain_without_end_is_refused(tmp_path: Path, lower: str, *, writable: bool) -> None:
+    path = qed.create(str(tmp_path / "image"), SIZE, backing=lower, backing_format="qed")
+    qed.create(str(tmp_path / "other"), SIZE, backing="image", backing_format="qed")
+    with pytest.raises(ImageError, match="the chain has no end"):
+        await open_device(path, "qed", ["qed", "qed", "raw"], writable=writable)
+
+
+async def test_a_chain_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    path = qed.create(str(tmp_path / "image"), SIZE, backing="other", backing_format="qed")
     with pytest.raises(NbdstreamError, match="64"):
-        await open_device(path, "qed", ["qed"] * 100, writable=False)
+        await open_device(path, "qed", ["qed"] * 65, writable=False)
+
+
+@pytest.mark.parametrize(("below", "above"), [(300_000, SIZE), (SIZE, 300_032)])
+async def test_layers_may_differ_in_size(tmp_path: Path, below: int, above: int) -> None:
+    (tmp_path / "disk.raw").write_bytes(b"\x11" * below)
+    path = qed.create(str(tmp_path / "image"), above, backing="disk.raw")
+    device = await open_device(path, "qed", ["raw"], writable=False)
+    assert sum(extent.length for extent in await device.extents(0, above)) == above
+    assert await content(device, 0, above) == (b"\x11" * below).ljust(above, b"\0")[:above]
+
+
+async def test_a_deep_chain_is_read_through(tmp_path: Path, raw: str) -> None:
+    name = os.path.basename(raw)
+    for layer in range(12):
+        path = qed.create(str(tmp_path / f"layer{layer}"), SIZE, backing=name, backing_format="raw")
+        await write(path, layer * 4096, bytes([layer + 1]) * 4096)
+        name = f"layer{layer}"
+    device = await open_device(str(tmp_path / name), "qed", ["qed"] * 11 + ["raw"], writable=False)
+    data = await content(device, 0, 65536)
+    assert data == b"".join(bytes([layer + 1]) * 4096 for layer in range(12)) + b"\x11" * 16384
+
+
+async def write(path: str, offset: int, data: bytes) -> None:
+    """Write into a layer, over what its own backing files hold."""
+    layers = int(path.rpartition("layer")[2])
+    device = await open_device(path, "qed", ["qed"] * layers + ["raw"], writable=True)
+    await device.write(offset, data)
+    await device.close()
 
 
 @pytest.mark.parametrize("name", ["json:{}", "ssh://host/disk", "fat:dir", "http://host/disk"])

@@ -275,6 +275,74 @@ def test_python_m_is_the_command() -> None:
     assert "usage: nbdstream" in run(sys.executable, "-m", "nbdstream.cli", "--help").stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "stream", "create", "info", "map", "check"])
+@pytest.mark.parametrize("command", ["serve", "stream", "create", "info", "map", "check", "resize"])
 def test_every_command_tells_how_it_is_used(command: str) -> None:
     assert f"usage: nbdstream {command}" in nbdstream(command, "--help").stdout
+
+
+# -- check -r, resize -------------------------------------------------------------------------------------------
+
+
+def test_check_repairs_and_lists_what_it_gives_up(tmp_path: Path) -> None:
+    path = create(str(tmp_path / "disk.qed"), SIZE)
+    qemu_io(path, "write -P 1 0 1M")
+    image = RawImage(path)
+    image.put(image.l2_offset(3), 1 << 40)
+    image.put(image.l2_offset(20), image.get(image.l2_offset(4)))
+    image.extend(65536)
+    assert nbdstream("check", path, "-r", "leaks", status=2).stdout.count("entry 0x") == 2
+    said = nbdstream("check", path, "--repair", "all").stdout
+    assert f"given up, since nothing could be read there:\n{3 << 16:>12} {1 << 16:>12}\n" in said
+    assert f"copied, since something else had the same place: it may be wrong:\n{20 << 16:>12} {1 << 16:>12}\n" in said
+    assert "2 corruptions were repaired" in said
+    assert "leaked clusters were given back" in said
+    assert "no errors are left" in said
+    assert qemu_check(path).status == 0
+    assert "no errors were found" in nbdstream("check", path, "-r", "all").stdout
+
+
+def test_check_tells_scripts_what_it_repaired(tmp_path: Path) -> None:
+    path = create(str(tmp_path / "disk.qed"), SIZE)
+    qemu_io(path, "write -P 1 0 1M")
+    image = RawImage(path)
+    image.put(image.l2_offset(3), 1 << 40)
+    image.extend(65536)
+    report = json.loads(nbdstream("check", path, "-r", "all", "--json").stdout)
+    assert (report["corruptions"], report["corruptions-fixed"]) == (0, 1)
+    assert (report["leaks"], report["leaks-fixed"]) == (0, 2)
+    assert (report["lost-bytes"], report["lost"]) == (65536, [{"offset": 3 << 16, "length": 65536}])
+    assert (report["copied-bytes"], report["copied"]) == (0, [])
+
+
+@pytest.mark.parametrize("command", [["check", "-r", "leaks"], ["check", "-r", "all"], ["resize"]])
+def test_what_somebody_has_open_is_not_repaired_nor_resized(pair: CommandPair, command: list[str]) -> None:
+    size = ["+1M"] if command == ["resize"] else []
+    with pair.begin_streamer(rate=1024) as streamer:
+        streamer.wait_until_serving()
+        assert "in use by" in nbdstream(*command, pair.overlay, *size, status=1).stderr
+
+
+@pytest.mark.parametrize(("text", "size"), [("9M", 9 * MIB), ("+1M", 9 * MIB), ("+1", SIZE + 512), ("8M", SIZE)])
+def test_resize_takes_a_size_or_a_growth(tmp_path: Path, text: str, size: int) -> None:
+    path = str(tmp_path / "disk.qed")
+    nbdstream("create", path, "--size", "8M")
+    qemu_io(path, "write -P 1 7M 1M")
+    nbdstream("resize", path, text)
+    assert qemu_info(path)["virtual-size"] == size
+    assert content(path) == (b"\1" * MIB).rjust(SIZE, b"\0").ljust(size, b"\0")
+    assert qemu_check(path).status == 0
+
+
+def test_resize_never_makes_a_disk_smaller(tmp_path: Path) -> None:
+    path = str(tmp_path / "disk.qed")
+    nbdstream("create", path, "--size", "8M")
+    assert "only grow" in nbdstream("resize", path, "7M", status=1).stderr
+    assert qemu_info(path)["virtual-size"] == SIZE
+
+
+def test_an_overlay_that_has_grown_is_streamed_to_its_end(pair: CommandPair) -> None:
+    nbdstream("create", pair.overlay, "--backing", pair.uri)
+    nbdstream("resize", pair.overlay, "+3M")
+    nbdstream("stream", pair.uri, pair.overlay)
+    assert qemu_check(pair.overlay).status == 0
+    assert content(pair.overlay) == source_data(pair) + bytes(3 * MIB)

@@ -1,8 +1,8 @@
 """Checking a QED image: what ``qemu-img check`` finds, in the same terms, less the leaks that it invents.
 
-All tables are walked once, in the order of the disk. A cluster of the file that two entries lead to, an entry that
-leads to no cluster, a table that overlaps another one: each is a *corruption*. A cluster that nothing leads to is a
-*leak*: wasted space, no danger. Entries beyond the image's size are checked like all others.
+A cluster of the file that two entries lead to, an entry that leads to no cluster, a table that overlaps another one:
+each is a *corruption*. A cluster that nothing leads to is a *leak*: wasted space, no danger. Entries beyond the
+image's size are checked like all others.
 
 (QEMU divides the file's size by the cluster size less one, so that it sees one leak too many in every
 ``cluster_size - 1`` clusters. We do not.)
@@ -13,29 +13,19 @@ Everything here blocks: run it in a thread. Memory: one bit for each cluster of 
 from __future__ import annotations
 
 import os
-import sys
-from array import array
 from dataclasses import dataclass, field
 from operator import ne
 from typing import TYPE_CHECKING, NamedTuple
 
-from bitarray.util import zeros
-
 from nbdstream.block.qed.layout import HEADER_BYTES, Header
-from nbdstream.block.worker import pread_exact
-from nbdstream.errors import ImageError
+from nbdstream.block.qed.walk import Walk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-MOST_CLUSTERS = 1 << 31
-"""The largest file that is checked: its bitmap takes 256 MiB. (128 TiB in clusters of 64 KiB.)"""
+    from array import array
+    from collections.abc import Iterable
 
 KEPT_PROBLEMS = 1000
 """How many problems a result describes. A damaged image can have millions; all are counted."""
-
-_READ_BYTES = 256 << 10
-_ZEROES = bytes(_READ_BYTES)
 
 
 class Problem(NamedTuple):
@@ -81,133 +71,64 @@ class CheckResult:
         return 3 if self.leaks else 0
 
 
-def check(fd: int) -> CheckResult:
+def check(fd: int, links: Iterable[tuple[int, int]] = ()) -> CheckResult:
     """Check the image in an open file, which nobody may change meanwhile. It is only read.
 
-    Raises ImageError if it is no QED image that can be opened, OSError if its header cannot be read.
+    ``links`` are clusters and L2 entries that count as if the tables held them. Raises ImageError if it is no QED image
+    that can be opened, OSError if its header cannot be read.
     """
-    size = os.fstat(fd).st_size
-    header = Header.parse(os.pread(fd, HEADER_BYTES, 0), size)
-    if size // header.cluster_size > MOST_CLUSTERS:
-        msg = (
-            f"the file has {size} bytes, too many to check: at most {MOST_CLUSTERS * header.cluster_size} are possible"
-        )
-        raise ImageError(msg)
-    return _Walk(fd, header, size).run()
+    header = Header.parse(os.pread(fd, HEADER_BYTES, 0), os.fstat(fd).st_size)
+    return _Check(fd, header, links).result()
 
 
-class _Walk:
-    """One walk through all tables of an image."""
+class _Check(Walk):
+    """A walk that counts."""
 
-    def __init__(self, fd: int, header: Header, file_size: int) -> None:
-        self._fd = fd
-        self._header = header
-        self._geometry = header.geometry
-        self._file_size = file_size
-        self._cluster_size = header.cluster_size
-        self._cluster_shift = header.cluster_size.bit_length() - 1
-        # A cluster that the file's end cuts off is none (nor is it a leak).
-        self._used = zeros(file_size >> self._cluster_shift)
-        self._last_data = 0  # the data cluster that was seen last in this table
+    def __init__(self, fd: int, header: Header, links: Iterable[tuple[int, int]]) -> None:
+        super().__init__(fd, header, links)
+        self._table = -1  # the L2 table that was seen last
+        self._last_data = 0  # where the data lies that was seen last in it
         self._result = CheckResult(-(-header.image_size // header.cluster_size))
 
-    def run(self) -> CheckResult:
-        self._used[: self._header.header_size] = 1
-        l1 = self._header.l1_table_offset
-        self._take_table(l1)
+    def result(self) -> CheckResult:
+        result = self._result
         try:
-            for offset, entries in self._read_table(l1):
-                for index, entry in enumerate(entries):
-                    if entry:
-                        self._check_l1_entry(offset + index * 8, entry)
-        except OSError:
-            self._result.check_errors += 1
-        self._result.leaks = self._used.count(0)
-        self._result.image_end_offset = (self._used.find(1, right=True) + 1) * self._cluster_size
-        return self._result
+            self.run()
+        except OSError as error:
+            self.unreadable_table(error)
+        result.leaks = self.used.count(0)
+        result.image_end_offset = (self.used.find(1, right=True) + 1) * self.header.cluster_size
+        return result
 
-    def _check_l1_entry(self, entry_offset: int, entry: int) -> None:
-        if not self._geometry.valid_table_offset(entry, self._file_size):
-            self._report(entry_offset, entry, "no L2 table can be there")
-            return
-        overlap = self._take_table(entry)
-        if overlap:
-            # Not looked into: so no table is read twice, however the image is tangled.
-            for _ in range(overlap):
-                self._report(entry_offset, entry, "the L2 table would overlap what is in use already")
-            return
-        self._last_data = 0
-        try:
-            for offset, entries in self._read_table(entry):
-                self._check_l2_entries(offset, entries)
-        except OSError:
-            self._result.check_errors += 1
+    def bad_table(self, index: int, entry_offset: int, entry: int) -> None:
+        self._report(entry_offset, entry, "no L2 table can be there")
 
-    def _take_table(self, offset: int) -> int:
-        """Mark the clusters of a table as used. Return how many of them were already."""
-        first = offset >> self._cluster_shift
-        clusters = slice(first, first + self._header.table_size)
-        overlap = self._used[clusters].count()
-        self._used[clusters] = 1
-        return overlap
+    def taken_table(self, index: int, entry_offset: int, entry: int, overlap: int) -> None:
+        self._report(entry_offset, entry, "the L2 table would overlap what is in use already", overlap)
 
-    def _read_table(self, offset: int) -> Iterator[tuple[int, array[int]]]:
-        """Return a table in parts, each with its offset in the file. Parts that are all zero are left out."""
-        for part in range(offset, offset + self._geometry.table_bytes, _READ_BYTES):
-            length = min(_READ_BYTES, offset + self._geometry.table_bytes - part)
-            data = pread_exact(self._fd, length, part)
-            if data == _ZEROES[:length]:
-                continue
-            entries = array("Q", data)
-            if sys.byteorder == "big":
-                entries.byteswap()
-            yield part, entries
+    def unreadable_table(self, error: OSError) -> None:
+        self._result.check_errors += 1
 
-    def _check_l2_entries(self, offset: int, entries: array[int]) -> None:
-        places = [entry for entry in entries if entry > 1]
+    def entries_found(self, cluster: int, entries: array[int], places: list[int]) -> None:
         if not places:
             return
         self._result.allocated_clusters += len(places)
-        self._count_fragments(places)
-        if self._are_valid(places):
-            shift = self._cluster_shift
-            clusters = [place >> shift for place in places]
-            if not self._used[clusters].any() and len(set(clusters)) == len(clusters):
-                self._used[clusters] = 1
-                return
-        for index, entry in enumerate(entries):
-            if entry > 1:
-                self._check_l2_entry(offset + index * 8, entry)
-
-    def _count_fragments(self, places: list[int]) -> None:
-        size = self._cluster_size
+        table = cluster // self.geometry.entries
+        if table != self._table:
+            self._table, self._last_data = table, 0
+        size = self.header.cluster_size
         expected = [self._last_data + size if self._last_data else places[0]]
         expected += [place + size for place in places[:-1]]
         self._result.fragmented_clusters += sum(map(ne, places, expected))
         self._last_data = places[-1]
 
-    def _are_valid(self, places: list[int]) -> bool:
-        """Tell whether whole clusters can be at all these places."""
-        bits = 0
-        for place in places:
-            bits |= place
-        valid = self._geometry.valid_cluster_offset
-        return (
-            not bits % self._cluster_size
-            and valid(min(places), self._file_size)
-            and valid(max(places), self._file_size)
-        )
+    def bad_entry(self, cluster: int, entry_offset: int, entry: int) -> None:
+        self._report(entry_offset, entry, "no cluster can be there")
 
-    def _check_l2_entry(self, entry_offset: int, entry: int) -> None:
-        if not self._geometry.valid_cluster_offset(entry, self._file_size):
-            self._report(entry_offset, entry, "no cluster can be there")
-            return
-        cluster = entry >> self._cluster_shift
-        if self._used[cluster]:
-            self._report(entry_offset, entry, "the cluster is in use already")
-        self._used[cluster] = 1
+    def taken_entry(self, cluster: int, entry_offset: int, entry: int) -> None:
+        self._report(entry_offset, entry, "the cluster is in use already")
 
-    def _report(self, entry_offset: int, entry: int, reason: str) -> None:
-        self._result.corruptions += 1
-        if len(self._result.problems) < KEPT_PROBLEMS:
-            self._result.problems.append(Problem(entry_offset, entry, reason))
+    def _report(self, entry_offset: int, entry: int, reason: str, count: int = 1) -> None:
+        self._result.corruptions += count
+        kept = self._result.problems
+        kept += [Problem(entry_offset, entry, reason)] * min(count, KEPT_PROBLEMS - len(kept))

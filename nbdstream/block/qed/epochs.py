@@ -94,7 +94,7 @@ class Epochs:
 
         What is noted must be noted for every later link of the same cluster, so :meth:`room` is waited for first.
         """
-        if not self._record or self._record.full:
+        if not self._record or self._record.full or self._record.gone:
             return False
         if not self._tables.l1[self._tables.l1_index(cluster)]:
             return False  # it needs a new table, and only an epoch finds out whether there is room for one
@@ -149,6 +149,16 @@ class Epochs:
         if not self.failed:
             self._nudged = True
             self._start()
+
+    async def barrier(self) -> None:
+        """Make durable what was written to the file itself, as a header is. Raises OSError; that is final, as ever."""
+        if self.failed:
+            raise _final(self.failed)
+        try:
+            await self._worker.run(os.fdatasync, self._fd)
+        except OSError as error:
+            self._fail(error, [])
+            raise _final(error) from error
 
     async def close(self) -> None:
         """Wait for the epoch that runs. The record goes if nothing depends on it."""

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from nbdstream.block.locks import Sharing, take_locks
 from nbdstream.block.mapping import Mapping
+from nbdstream.block.qed.check import CheckResult, check
 from nbdstream.block.qed.epochs import Epochs
-from nbdstream.block.qed.opening import OpenFile, open_file, write_header
+from nbdstream.block.qed.opening import OpenFile, open_file
 from nbdstream.block.qed.tables import PAGE_ENTRIES, UNALLOCATED, ZERO, Tables
 from nbdstream.block.worker import Worker, as_os_error, pread_exact, pwrite_all, pwritev_all
 
@@ -68,6 +69,7 @@ class QedImage:
         """Those of ``unlinked`` that a kill -9 of this process does not lose."""
         self.unlinked = self._epochs.unlinked
         """Clusters that the tables in the file do not lead to yet, with their L2 entries."""
+        self.unlinked.update(file.links)
         self._closed = False
 
     @classmethod
@@ -250,6 +252,12 @@ class QedImage:
         await asyncio.sleep(0)
         self._epochs.release_reserved()
 
+    async def check(self) -> CheckResult:
+        """Check the file. Links wait meanwhile; places that are being filled count as leaks."""
+        if not self.read_only:
+            await self.settle()
+        return await self._barriers.run(check, self._fd, list(self.unlinked.items()))
+
     @property
     def end(self) -> int:
         """Where the used part of the file ends."""
@@ -283,14 +291,24 @@ class QedImage:
         """
         os.ftruncate(self._fd, self._space.end)
 
-    # -- becoming independent, closing ------------------------------------------------------------------------
+    # -- the header, closing ----------------------------------------------------------------------------------
 
     async def forget_backing(self) -> None:
         """Take the backing file's name out of the header, everything else being durable first."""
         await self.settle()
-        header = self.header.without_backing()
-        await self._barriers.run(write_header, self._fd, header)
-        self.header, self.backing_name = header, None
+        await self._replace_header(self.header.without_backing())
+        self.backing_name = None
+
+    async def set_size(self, size: int) -> None:
+        """Let the disk have ``size`` bytes; what would show there is covered, and that is durable already."""
+        await self._replace_header(self.header.with_size(size))
+        self.size = self.header.image_size
+
+    async def _replace_header(self, header: Header) -> None:
+        await self._barriers.run(pwrite_all, self._fd, header.pack(), 0)
+        await self._epochs.barrier()
+        self.header = header
+        self._tables.header_changed(header)
 
     async def close(self) -> None:
         """Make everything durable, if that is still possible, and close the file."""

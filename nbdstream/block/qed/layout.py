@@ -142,16 +142,8 @@ class Header:
         _check_table_size(table_size)
         header_size = -(-(EXTENSION_OFFSET + EXTENSION_BYTES) // cluster_size)
         geometry = Geometry(cluster_size, table_size, header_size)
-        largest = geometry.max_image_size
-        if largest == 0:
+        if geometry.max_image_size == 0:
             msg = f"QEMU opens no image with cluster_size {cluster_size}, table_size {table_size}: take smaller ones"
-            raise ImageError(msg)
-        image_size = -(-size // SECTOR_BYTES) * SECTOR_BYTES
-        if not 0 <= image_size <= largest:
-            msg = (
-                f"a QED image cannot have {size} bytes: with cluster_size {cluster_size} and table_size {table_size} "
-                f"allowed are 0 to {largest}"
-            )
             raise ImageError(msg)
         header = cls(
             cluster_size=cluster_size,
@@ -161,8 +153,8 @@ class Header:
             compat_features=0,
             autoclear_features=0,
             l1_table_offset=geometry.header_bytes,
-            image_size=image_size,
-        )
+            image_size=0,
+        ).with_size(size)
         return header if backing_name is None else header.with_backing(backing_name)
 
     @classmethod
@@ -230,6 +222,23 @@ class Header:
         """Whether the header clusters have room for our extension, behind header and backing file name."""
         name_end = self.backing_filename_offset + self.backing_filename_size if self.has_backing else 0
         return self.geometry.header_bytes >= EXTENSION_OFFSET + EXTENSION_BYTES and name_end <= EXTENSION_OFFSET
+
+    def with_size(self, size: int) -> Header:
+        """Return the header of the same image with a disk of ``size`` bytes, rounded up to 512.
+
+        Raises ImageError if it would be smaller than before, or is larger than the geometry allows.
+        """
+        image_size = -(-size // SECTOR_BYTES) * SECTOR_BYTES
+        largest = self.geometry.max_image_size
+        if not 0 <= image_size <= largest:
+            msg = (
+                f"a QED image cannot have {size} bytes: with cluster_size {self.cluster_size} and table_size "
+                f"{self.table_size} allowed are 0 to {largest}"
+            )
+            raise ImageError(msg)
+        if image_size < self.image_size:
+            raise ImageError(f"the disk has {self.image_size} bytes and would lose some: QED images only grow")
+        return replace(self, image_size=image_size)
 
     def with_backing(self, name: str) -> Header:
         """Return the header with a raw backing file, whose name is to be written right behind its 64 bytes.

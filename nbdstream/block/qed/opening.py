@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,17 +12,33 @@ from typing import TYPE_CHECKING, NamedTuple
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from nbdstream.block.qed.check import MOST_CLUSTERS
 from nbdstream.block.qed.extension import EXTENSION_BYTES, EXTENSION_OFFSET, Extension
-from nbdstream.block.qed.layout import HEADER_BYTES, Header, decode_backing_name, encode_backing_name
-from nbdstream.block.qed.record import AUTOCLEAR_RECORD, Link, Record, read_record
+from nbdstream.block.qed.layout import (
+    FEATURE_NEED_CHECK,
+    HEADER_BYTES,
+    Header,
+    decode_backing_name,
+    encode_backing_name,
+)
+from nbdstream.block.qed.mend import drop_bad_entries, measure_doubles
+from nbdstream.block.qed.record import AUTOCLEAR_RECORD, Link, Record
+from nbdstream.block.qed.replay import recorded_links, replay
 from nbdstream.block.qed.space import Space
-from nbdstream.block.qed.tables import PAGE_ENTRIES, ZERO, Tables
+from nbdstream.block.qed.tables import Tables
+from nbdstream.block.qed.walk import MOST_CLUSTERS, Walk
 from nbdstream.block.worker import pread_exact, pwrite_all
 from nbdstream.errors import ImageError
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Callable, Iterator
+
+log = logging.getLogger(__name__)
+
+_NO_PLACE = "where none can be; 'nbdstream check -r all' repairs it"
+_USED_TWICE = "damaged QED image: clusters are used twice; 'nbdstream check -r all' repairs it"
+
+_SHOWN_RANGES = 10
 
 
 class OpenFile(NamedTuple):
@@ -35,6 +52,8 @@ class OpenFile(NamedTuple):
     space: Space
     allocated: bitarray
     record: Record | None
+    links: list[Link]
+    """Opened for reading: what the tables do not hold yet, and count as if they did."""
 
 
 def open_file(path: str, lock: Callable[[int], None], *, writable: bool) -> OpenFile:
@@ -59,7 +78,7 @@ def read_header(path: str) -> tuple[Header, Extension | None, str | None]:
     Raises ImageError.
     """
     with opened(path) as fd:
-        return _read_header(fd)
+        return read_header_of(fd)
 
 
 @contextmanager
@@ -81,56 +100,54 @@ def opened(path: str, *, writable: bool = False) -> Iterator[int]:
 
 
 def _look_through(fd: int, path: str, *, writable: bool) -> OpenFile:
-    header, extension, backing_name = _read_header(fd)
-    if writable:
-        if header.needs_check:
-            raise ImageError(f"{path} was not closed by the QEMU that wrote it: run qemu-img check -r all on it first")
-        os.fdatasync(fd)  # links that a kill -9 left unsynced would not be covered by our barriers
-    tables = Tables.load(fd, header)
-    links = _recorded_links(fd, header, extension)
+    header, extension, backing_name = read_header_of(fd)
     if not writable:
-        if links:
-            raise ImageError(f"{path}: its owner was killed; open it for writing first, as 'nbdstream stream' does")
+        # What is damaged is EIO when it is asked for; all else can be read.
+        tables = Tables.load(fd, header, strict=False)
+        links = recorded_links(fd, header, extension)
         whole = Space(header.cluster_size, os.fstat(fd).st_size)
-        return OpenFile(fd, header, extension, backing_name, tables, whole, bitarray(), None)
-    if links:
-        _replay(fd, header, tables, links)
-    used, allocated = _scan(fd, header, tables)
-    space = Space.of_used(header.cluster_size, used)
+        return OpenFile(fd, header, extension, backing_name, tables, whole, bitarray(), None, links)
+    os.fdatasync(fd)  # links that a kill -9 left unsynced would not be covered by our barriers
+    if header.needs_check:
+        _drop_what_was_not_finished(fd, path, header)
+    tables = Tables.load(fd, header)
+    if links := recorded_links(fd, header, extension):
+        replay(fd, header, tables, links)
+    scan = _Scan(fd, header)
+    scan.run()
+    space = Space.of_used(header.cluster_size, scan.used)
     os.ftruncate(fd, space.end)  # the tail that nothing refers to: what a crash left
     record = Record.create(fd, extension.image_uuid) if extension else None
-    # Whatever other autoclear bits promise, we do not keep it.
-    ours = replace(header, autoclear_features=AUTOCLEAR_RECORD if record else 0)
+    ours = replace(
+        header,
+        features=header.features & ~FEATURE_NEED_CHECK,
+        # Whatever other autoclear bits promise, we do not keep it.
+        autoclear_features=AUTOCLEAR_RECORD if record else 0,
+    )
     if ours != header:
         write_header(fd, ours)
-    return OpenFile(fd, ours, extension, backing_name, tables, space, allocated, record)
+    return OpenFile(fd, ours, extension, backing_name, tables, space, scan.allocated, record, [])
 
 
-def _recorded_links(fd: int, header: Header, extension: Extension | None) -> list[Link]:
-    """Return what a killed owner acknowledged and did not link, unless somebody else has written to the image since."""
-    if extension is None or not header.autoclear_features & AUTOCLEAR_RECORD:
-        return []
-    return read_record(fd, extension.image_uuid)
+def _drop_what_was_not_finished(fd: int, path: str, header: Header) -> None:
+    """Do what NEED_CHECK asks for: entries whose clusters a crash kept from the file are made UNALLOCATED."""
+    if measure_doubles(fd, header):
+        raise ImageError(_USED_TWICE)  # no crash of QEMU's does that
+    lost = drop_bad_entries(fd, header)
+    if lost.bytes:
+        where = ", ".join(f"{part.offset}+{part.length}" for part in lost.kept[:_SHOWN_RANGES])
+        more = ", ..." if len(lost.kept) > _SHOWN_RANGES else ""
+        log.warning(
+            "%s was not closed by the QEMU that wrote it: %d bytes of the disk were never stored (at %s%s)",
+            path,
+            lost.bytes,
+            where,
+            more,
+        )
 
 
-def _replay(fd: int, header: Header, tables: Tables, links: list[Link]) -> None:
-    """Link what a killed owner acknowledged, as one epoch. The tables are as they were before it."""
-    cluster_size = header.cluster_size
-    size = os.fstat(fd).st_size
-    _check_places([entry for _, entry in links if entry > ZERO], header, size // cluster_size)
-    if max(cluster for cluster, _ in links) >= -(-header.image_size // cluster_size):
-        raise ImageError("the record of its last owner is damaged")
-    missing = sorted({tables.l1_index(cluster) for cluster, _ in links if tables.absent(cluster)})
-    end = -(-size // cluster_size) * cluster_size
-    new = {index: end + i * header.table_size * cluster_size for i, index in enumerate(missing)}
-    tables.write_new_tables(new, links)
-    os.fdatasync(fd)
-    tables.link(new, links)
-    tables.linked(new, links)
-    os.fdatasync(fd)
-
-
-def _read_header(fd: int) -> tuple[Header, Extension | None, str | None]:
+def read_header_of(fd: int) -> tuple[Header, Extension | None, str | None]:
+    """Return what an open image file says of itself, as :func:`read_header` does."""
     header = Header.parse(os.pread(fd, HEADER_BYTES, 0), os.fstat(fd).st_size)
     name = extension = None
     if header.has_backing:
@@ -146,48 +163,35 @@ def write_header(fd: int, header: Header) -> None:
     os.fdatasync(fd)
 
 
-def _scan(fd: int, header: Header, tables: Tables) -> tuple[bitarray, bitarray]:
-    """Walk all tables: return which clusters of the file are used, and which of the disk are not unallocated.
+class _Scan(Walk):
+    """Finds which clusters of the file are used, and which of the disk are not unallocated.
 
-    What only entries beyond the image size lead to is used, too. Raises ImageError if an entry leads nowhere, or two
-    lead to the same cluster: writing would then destroy data.
+    Raises ImageError if an entry leads nowhere, or two lead to the same cluster: writing would then destroy data.
     """
-    cluster_size = header.cluster_size
-    file_clusters = os.fstat(fd).st_size // cluster_size
-    disk_clusters = -(-header.image_size // cluster_size)
-    if max(file_clusters, disk_clusters) > MOST_CLUSTERS:
-        raise ImageError(f"the file or the disk has more than {MOST_CLUSTERS} clusters: it is not opened for writing")
-    used = zeros(file_clusters)
-    used[: header.header_size] = 1
-    count = header.header_size
-    for place in [header.l1_table_offset, *(place for place in tables.l1 if place)]:
-        first = place // cluster_size
-        used[first : first + header.table_size] = 1
-        count += header.table_size
-    allocated = zeros(disk_clusters)
-    for page in tables.pages():
-        entries = tables.load_page(page).tolist()
-        places = [entry for entry in entries if entry > ZERO]
-        _check_places(places, header, file_clusters)
-        used[[place // cluster_size for place in places]] = 1
-        count += len(places)
-        first = page * PAGE_ENTRIES
-        allocated[first : first + PAGE_ENTRIES] = bitarray(map(bool, entries))[: max(0, disk_clusters - first)]
-    if used.count() != count:
-        raise ImageError("damaged QED image: clusters are used twice; 'nbdstream check' tells more")
-    return used, allocated
 
+    def __init__(self, fd: int, header: Header) -> None:
+        super().__init__(fd, header)
+        clusters = -(-header.image_size // header.cluster_size)
+        if clusters > MOST_CLUSTERS:
+            raise ImageError(f"the disk has more than {MOST_CLUSTERS} clusters: it is not opened for writing")
+        self.allocated = zeros(clusters)
 
-def _check_places(places: list[int], header: Header, file_clusters: int) -> None:
-    if not places:
-        return
-    low = header.header_size * header.cluster_size
-    high = file_clusters * header.cluster_size
-    bits = 0
-    for place in places:
-        bits |= place
-    if bits % header.cluster_size or min(places) < low or max(places) >= high:
-        raise ImageError("damaged QED image: an L2 entry leads to no cluster; 'nbdstream check' tells more")
+    def entries_found(self, cluster: int, entries: array[int], places: list[int]) -> None:
+        behind = min(cluster + len(entries), len(self.allocated))
+        if cluster < behind:
+            self.allocated[cluster:behind] = bitarray(map(bool, entries[: behind - cluster]))
+
+    def bad_table(self, index: int, entry_offset: int, entry: int) -> None:
+        raise ImageError(f"damaged QED image: L1 entry {index} leads to {entry:#x}, {_NO_PLACE}")
+
+    def taken_table(self, index: int, entry_offset: int, entry: int, overlap: int) -> None:
+        raise ImageError(_USED_TWICE)
+
+    def bad_entry(self, cluster: int, entry_offset: int, entry: int) -> None:
+        raise ImageError(f"damaged QED image: an L2 entry leads to {entry:#x}, {_NO_PLACE}")
+
+    def taken_entry(self, cluster: int, entry_offset: int, entry: int) -> None:
+        raise ImageError(_USED_TWICE)
 
 
 def create_file(

@@ -9,6 +9,7 @@ What the file holds is what the cache holds: only :meth:`Tables.link` changes en
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from array import array
@@ -36,6 +37,9 @@ UNALLOCATED = 0
 ZERO = 1
 """L2 entry: the cluster reads as zero (qed_spec)."""
 
+BAD_TABLE = 1
+"""Stands in an L1 table in memory for what leads to no table (no table is at an odd place)."""
+
 _NO_TABLE = memoryview(bytes(PAGE_BYTES)).cast("Q")
 """The page that stands for an L2 table that does not exist."""
 
@@ -57,8 +61,11 @@ class Tables:
         """Offsets of the L2 tables, 0 where there is none. Those that lie beyond the image size hold clusters, too."""
 
     @classmethod
-    def load(cls, fd: int, header: Header) -> Tables:
-        """Read and validate the L1 table (*blocking*). Raises ImageError if an entry is no place for a table."""
+    def load(cls, fd: int, header: Header, *, strict: bool = True) -> Tables:
+        """Read and validate the L1 table (*blocking*).
+
+        Raises ImageError if an entry is no place for a table; if not ``strict``, what it should lead to is EIO.
+        """
         geometry = header.geometry
         l1 = array("Q", pread_exact(fd, geometry.table_bytes, header.l1_table_offset))
         if struct.pack("=H", 1) != struct.pack("<H", 1):
@@ -66,8 +73,18 @@ class Tables:
         size = os.fstat(fd).st_size
         for index, offset in enumerate(l1):
             if offset and not geometry.valid_table_offset(offset, size):
-                raise ImageError(f"damaged QED image: L1 entry {index} leads to {offset:#x}, where no table can be")
+                if strict:
+                    msg = (
+                        f"damaged QED image: L1 entry {index} leads to {offset:#x}, where no table can be; "
+                        f"'nbdstream check' tells more"
+                    )
+                    raise ImageError(msg)
+                l1[index] = BAD_TABLE
         return cls(fd, header, l1)
+
+    def header_changed(self, header: Header) -> None:
+        """Take over a header with another size or backing file; the geometry and the tables stay where they are."""
+        self._header = header
 
     @property
     def page_count(self) -> int:
@@ -146,6 +163,8 @@ class Tables:
         """Return where in the file a page is, 0 if its L2 table does not exist."""
         index, part = divmod(page, self._pages_per_table)
         table = self.l1[index]
+        if table == BAD_TABLE:
+            raise OSError(errno.EIO, f"damaged: L1 entry {index} leads to no table")
         return table + part * PAGE_BYTES if table else 0
 
     def absent(self, cluster: int) -> int:
@@ -183,12 +202,12 @@ class Tables:
             if self.l1_index(cluster) not in tables:
                 pages.setdefault(cluster // PAGE_ENTRIES, []).append((cluster % PAGE_ENTRIES, entry))
         for page, entries in pages.items():
-            self._update(self._page_offset(page), entries)
+            _update_page(self._fd, self._page_offset(page), entries)
         by_page: dict[int, list[tuple[int, int]]] = {}
         for index, offset in tables.items():
             by_page.setdefault(index // PAGE_ENTRIES, []).append((index % PAGE_ENTRIES, offset))
         for part, entries in by_page.items():
-            self._update(self._header.l1_table_offset + part * PAGE_BYTES, entries)
+            _update_page(self._fd, self._header.l1_table_offset + part * PAGE_BYTES, entries)
 
     def linked(self, tables: Mapping[int, int], links: Iterable[tuple[int, int]]) -> None:
         """Take over into memory what :meth:`link` has written (on the loop)."""
@@ -199,13 +218,23 @@ class Tables:
             if page is not None:
                 page[cluster % PAGE_ENTRIES] = entry
 
-    def _update(self, offset: int, entries: list[tuple[int, int]]) -> None:
-        """Change entries of one page in the file, whole sectors at a time."""
-        buffer = bytearray(pread_exact(self._fd, PAGE_BYTES, offset))
-        for position, entry in entries:
-            struct.pack_into("<Q", buffer, position * 8, entry)
-        for start, end in _sector_runs(position for position, _ in entries):
-            pwrite_all(self._fd, memoryview(buffer)[start:end], offset + start)
+
+def write_entries(fd: int, entries: Iterable[tuple[int, int]]) -> None:
+    """Change entries, each given by its offset in the file, whole sectors at a time (*blocking*)."""
+    pages: dict[int, list[tuple[int, int]]] = {}
+    for offset, entry in entries:
+        pages.setdefault(offset // PAGE_BYTES, []).append((offset % PAGE_BYTES // 8, entry))
+    for page, found in pages.items():
+        _update_page(fd, page * PAGE_BYTES, found)
+
+
+def _update_page(fd: int, offset: int, entries: list[tuple[int, int]]) -> None:
+    """Change entries of the page at ``offset`` of the file, whole sectors at a time."""
+    buffer = bytearray(pread_exact(fd, PAGE_BYTES, offset))
+    for position, entry in entries:
+        struct.pack_into("<Q", buffer, position * 8, entry)
+    for start, end in _sector_runs(position for position, _ in entries):
+        pwrite_all(fd, memoryview(buffer)[start:end], offset + start)
 
 
 def _sector_runs(positions: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nbdstream.block.qed import check as check_module
+from nbdstream.block.qed import walk as walk_module
 from nbdstream.block.qed.check import KEPT_PROBLEMS, CheckResult, check
 from nbdstream.block.qed.layout import Header
 from nbdstream.errors import ImageError
@@ -294,7 +294,7 @@ def test_all_problems_are_counted_and_some_of_them_kept(tmp_path: Path) -> None:
 
 
 def test_a_file_too_large_for_its_bitmap_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_module, "MOST_CLUSTERS", 100)
+    monkeypatch.setattr(walk_module, "MOST_CLUSTERS", 100)
     path = create(str(tmp_path / "a"), 1 << 20, cluster_size=4096)
     os.truncate(path, 100 * 4096)
     assert check_path(path).status == 3
@@ -318,7 +318,7 @@ def test_a_table_that_cannot_be_read_is_a_check_error(image: RawImage, monkeypat
             raise OSError(5, "Input/output error")
         return os.pread(fd, length, offset)
 
-    monkeypatch.setattr(check_module, "pread_exact", read)
+    monkeypatch.setattr(walk_module, "pread_exact", read)
     result = check_path(image.path)
     assert (result.status, result.check_errors, result.corruptions, result.leaks) == (1, 1, 0, 3)
 

@@ -194,9 +194,11 @@ def test_links_that_were_noted_are_replayed_once(own: str) -> None:
     assert raw.get(raw.l2_offset(5)) == 1
 
 
-def test_with_links_noted_an_image_is_not_opened_for_reading(own: str) -> None:
-    kill(own, 5)
-    refused(own, "open it for writing first", writable=False)
+def test_for_reading_links_that_were_noted_count_and_the_file_stays_as_it_is(own: str) -> None:
+    places = kill(own, 5, SPAN + 7)
+    before = content_of(own)
+    assert look(own, writable=False).links == list(places.items())
+    assert content_of(own) == before
 
 
 def test_what_was_noted_is_void_when_a_stranger_has_written_since(own: str) -> None:
@@ -289,11 +291,36 @@ def test_data_in_the_place_of_something_else_is_refused(path: str, target: str) 
     refused(path, "used twice|L2 entry")
 
 
-def test_an_image_that_qemu_did_not_close_is_refused_for_writing_alone(path: str) -> None:
+def test_what_qemu_did_not_finish_is_dropped_by_a_writer_and_told(path: str, caplog: pytest.LogCaptureFixture) -> None:
     raw = qed.RawImage(path)
-    raw.put(16, raw.get(16) | 2)
-    refused(path, "qemu-img check")
+    raw.put(16, 2)
+    raw.put(raw.l2_offset(50), 1 << 40)
+    before = content_of(path)
     look(path, writable=False)
+    assert content_of(path) == before
+    file = look(path)
+    assert not file.header.needs_check
+    assert not file.allocated[50]
+    assert (raw.get(16), raw.get(raw.l2_offset(50))) == (0, 0)
+    assert f"4096 bytes of the disk were never stored (at {50 * CLUSTER}+4096)" in caplog.text
+    assert qed.qemu_check(path).corruptions == 0
+
+
+def test_an_image_that_qemu_did_not_close_is_opened_as_it_is_if_nothing_is_wrong(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = content_of(path)
+    qed.RawImage(path).put(16, 2)
+    look(path)
+    assert content_of(path) == before
+    assert not caplog.records
+
+
+def test_data_that_two_entries_lead_to_is_refused_whoever_did_not_close_the_image(path: str) -> None:
+    raw = qed.RawImage(path)
+    raw.put(16, 2)
+    raw.put(raw.l2_offset(50), raw.get(raw.l2_offset(0)))
+    refused(path, "used twice")
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:

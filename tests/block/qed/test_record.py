@@ -22,7 +22,9 @@ from tests.support.memory import MemoryDevice
 from tests.support.qed import qemu_check, qemu_io
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+    from typing import BinaryIO
 
 CLUSTER = 65536
 SIZE = 64 * CLUSTER
@@ -66,8 +68,8 @@ def expected() -> bytes:
     return bytes(model[: 63 * CLUSTER]) + bytes(CLUSTER)
 
 
-async def contents(path: Path) -> bytes:
-    image = await QedImage.open(str(path), writable=True)
+async def contents(path: Path, *, writable: bool = True) -> bytes:
+    image = await QedImage.open(str(path), writable=writable)
     overlay = Overlay(image, MemoryDevice(BELOW))
     data = b"".join(bytes(buffer) for buffer in await overlay.read(0, SIZE))
     await overlay.close()
@@ -103,10 +105,11 @@ async def test_a_record_is_void_once_qemu_has_written_to_the_image(tmp_path: Pat
     assert not records(tmp_path / "o")
 
 
-async def test_an_image_with_a_record_is_not_opened_for_reading(tmp_path: Path) -> None:
+async def test_for_reading_an_image_with_a_record_is_what_its_guest_wrote(tmp_path: Path) -> None:
     killed_owner(tmp_path / "o")
-    with pytest.raises(ImageError, match="its owner was killed"):
-        await QedImage.open(str(tmp_path / "o"))
+    before = (tmp_path / "o").read_bytes()
+    assert await contents(tmp_path / "o", writable=False) == expected()
+    assert (tmp_path / "o").read_bytes() == before
     assert await contents(tmp_path / "o") == expected()
 
 
@@ -156,3 +159,92 @@ def test_what_is_read_is_what_was_noted_and_not_cleared(steps: list[tuple[int, i
                 running, old = None, []
         assert read_record(image.fileno(), uuid) == old + new
         record.close()
+
+
+# -- a directory that is everybody's ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Iterator[BinaryIO]:
+    with open(tmp_path / "image", "w+b") as file:
+        yield file
+
+
+def path_of(uuid: UUID) -> str:
+    return next(f"{DIRECTORY}/{name}" for name in os.listdir(DIRECTORY) if str(uuid) in name)
+
+
+def test_a_record_that_was_removed_is_made_again_with_all_that_is_noted(
+    image: BinaryIO, caplog: pytest.LogCaptureFixture
+) -> None:
+    uuid = uuid4()
+    record = Record.create(image.fileno(), uuid)
+    assert record
+    record.note(1, 10)
+    os.unlink(path_of(uuid))
+    half = record.begin_epoch()
+    record.note(2, 20)
+    assert read_record(image.fileno(), uuid) == [(1, 10), (2, 20)]
+    assert "was removed and is made again" in caplog.text
+    record.clear(half)
+    assert read_record(image.fileno(), uuid) == [(2, 20)]
+    record.close()
+    assert not [name for name in os.listdir(DIRECTORY) if str(uuid) in name]
+
+
+def test_where_it_cannot_be_made_again_nothing_more_is_noted(
+    image: BinaryIO, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    uuid = uuid4()
+    record = Record.create(image.fileno(), uuid)
+    assert record
+    os.unlink(path_of(uuid))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    record.clear(record.begin_epoch())
+    assert record.gone
+    assert "cannot be made again" in caplog.text
+    record.close()
+
+
+async def test_writes_whose_record_is_gone_wait_for_their_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_file(str(tmp_path / "o"), SIZE, cluster_size=CLUSTER, table_size=4, backing_name=None)
+    image = await QedImage.open(str(tmp_path / "o"), writable=True)
+    overlay = Overlay(image)
+    await overlay.write(0, b"x" * CLUSTER)
+    await overlay.flush()
+    os.unlink(*records(tmp_path / "o"))
+    monkeypatch.setattr(os, "link", lambda *_args, **_kwargs: (_ for _ in ()).throw(OSError(13, "Permission denied")))
+    await overlay.write(CLUSTER, b"y" * CLUSTER)
+    await image.linked()  # here it is found out
+    await overlay.write(2 * CLUSTER, b"z" * CLUSTER)
+    assert not image.unlinked
+    await overlay.close()
+    assert not qemu_check(str(tmp_path / "o")).status
+
+
+def test_what_killed_owners_leave_shrinks_to_what_it_notes(image: BinaryIO, tmp_path: Path) -> None:
+    left_over = uuid4()
+    record = Record.create(image.fileno(), left_over)
+    assert record
+    record.note(1, 10)
+    record.note(2, 20)
+    path = path_of(left_over)
+    in_use = os.stat(path).st_blocks
+    other = Record.create(image.fileno(), UUID(int=7))
+    assert other
+    assert os.stat(path).st_blocks == in_use, "it has an owner"
+    record._memory.close()  # as a kill does
+    os.close(record._fd)
+    other.close()
+    other = Record.create(image.fileno(), UUID(int=7))
+    assert other
+    assert os.stat(path).st_blocks <= 24 < in_use
+    assert read_record(image.fileno(), left_over) == [(1, 10), (2, 20)]
+    other.close()
+    os.unlink(path)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdstream.block.joining import KernelJoin
 from nbdstream.block.mapping import Mapping
-from nbdstream.server.joining import KernelJoin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
