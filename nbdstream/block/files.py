@@ -8,8 +8,6 @@ import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
-from nbdstream.block.device import ZEROES
-from nbdstream.block.worker import pwrite_all
 from nbdstream.errors import ImageError
 
 if TYPE_CHECKING:
@@ -76,22 +74,14 @@ def runs(fd: int, offset: int, end: int) -> Iterator[Run]:
             offset = end
 
 
-def zero_range(fd: int, offset: int, length: int, *, may_unmap: bool, fast_only: bool) -> None:
-    """Make a range read as zeroes: as a hole if that is allowed, else as allocated space, else by writing them.
+def zero_range(fd: int, offset: int, length: int, *, may_unmap: bool) -> bool:
+    """Make a range read as zeroes: as a hole if that is allowed, else as allocated space. Raises OSError.
 
-    Raises OSError: ENOTSUP with ``fast_only`` where only writing them is left.
+    Returns False, and has changed nothing, where zeroes can only be written.
     """
     if may_unmap and _try_fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length):
-        return
-    if _try_fallocate(fd, _ZERO_RANGE | _KEEP_SIZE, offset, length):
-        return
-    if fast_only:
-        raise OSError(errno.ENOTSUP, "zeroes can only be written here")
-    end = offset + length
-    while offset < end:
-        some = ZEROES[: end - offset]
-        pwrite_all(fd, some, offset)
-        offset += len(some)
+        return True
+    return _try_fallocate(fd, _ZERO_RANGE | _KEEP_SIZE, offset, length)
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:

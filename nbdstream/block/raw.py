@@ -7,7 +7,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from nbdstream.block.device import BlockDevice, read_only_error, zero_buffers
+from nbdstream.block.device import ZEROES, BlockDevice, read_only_error, zero_buffers
 from nbdstream.block.files import Run, open_image, punch_hole, runs, zero_range
 from nbdstream.block.flush import SharedFlush
 from nbdstream.block.locks import Sharing, take_locks
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _MOST_EXTENTS = 1000
 _SCRATCH_BYTES = 256 << 10
 _STEP_BYTES = 1 << 20
+# What takes longer to copy or to read has a thread of its own: a few long requests must not hold up short ones.
+_SHORT_BYTES = 256 << 10
 # The kernel reads no more than its own read-ahead for one hint, and 128 KiB is the default of that.
 _HINT_BYTES = 128 << 10
 
@@ -34,9 +36,9 @@ _HINT_BYTES = 128 << 10
 class RawImage(BlockDevice):
     """A regular file or block device, exported byte by byte.
 
-    What is in the page cache is sent from there without asking anybody; everything else is done in threads:
-    one for writes, one for flushes (that writes need not wait for them), one for reads that must wait for the
-    disk, and one that tells the kernel early what will be read.
+    What is in the page cache is sent from there without asking anybody; everything else is done in threads: two for
+    reads that must wait for the disk and two for writes, short ones and long ones; one for flushes, that writes need
+    not wait for them; and one that tells the kernel early what will be read.
     """
 
     def __init__(self, path: str, fd: int, size: int, *, writable: bool) -> None:
@@ -47,8 +49,10 @@ class RawImage(BlockDevice):
         self._mapping = Mapping(fd, max(size, 1))
         self._read_ahead = ReadAhead(size)
         self._reads = Worker("raw-read")
+        self._long_reads = Worker("raw-long-read")
         self._hints = Worker("raw-hint")
         self._writes = Worker("raw-write")
+        self._long_writes = Worker("raw-long-write")
         self._syncs = Worker("raw-sync")
         self._barrier = SharedFlush(fd, self._syncs, path)
         self._waiting = 0
@@ -101,11 +105,12 @@ class RawImage(BlockDevice):
         return buffers
 
     async def _warm_in_turns(self, offset: int, length: int) -> list[Run]:
-        """Wait for the disk in steps, between which others have theirs: a long read must not hold up a short one."""
+        """Wait for the disk in steps, between which others have theirs."""
+        worker = self._reads if length <= _SHORT_BYTES else self._long_reads
         found: list[Run] = []
         for start in range(offset, offset + length, _STEP_BYTES):
             step = min(_STEP_BYTES, offset + length - start)
-            found += await self._reads.run(_warm, self._fd, self._scratch, start, step)
+            found += await worker.run(_warm, self._fd, self._scratch, start, step)
         return found
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
@@ -118,23 +123,34 @@ class RawImage(BlockDevice):
         """Write in a batch with others."""
         if self.read_only or self._barrier.failed:
             return False
-        self._writes.submit(lambda _result, error: done(as_os_error(error)), pwrite_all, self._fd, data, offset)
+        worker = self._writer(data)
+        worker.submit(lambda _result, error: done(as_os_error(error)), pwrite_all, self._fd, data, offset)
         return True
 
     async def write(self, offset: int, data: Buffer) -> None:
         """Write. Raises OSError."""
         self._check_writable()
-        await self._writes.run(pwrite_all, self._fd, data, offset)
+        await self._writer(data).run(pwrite_all, self._fd, data, offset)
+
+    def _writer(self, data: Buffer) -> Worker:
+        return self._writes if len(data) <= _SHORT_BYTES else self._long_writes
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool, fast_only: bool = False) -> None:
         """Make a hole, or zeroes in allocated space, or write them where neither can be had. Raises OSError."""
         self._check_writable()
-        await self._writes.run(lambda: zero_range(self._fd, offset, length, may_unmap=may_unmap, fast_only=fast_only))
+        if await self._long_writes.run(lambda: zero_range(self._fd, offset, length, may_unmap=may_unmap)):
+            return
+        if fast_only:
+            raise OSError(errno.ENOTSUP, "zeroes can only be written here")
+        for start in range(offset, offset + length, len(ZEROES)):
+            self._check_writable()
+            some = ZEROES[: offset + length - start]
+            await self._long_writes.run(pwrite_all, self._fd, some, start)
 
     async def discard(self, offset: int, length: int) -> None:
         """Make a hole, where that can be had. Raises OSError."""
         self._check_writable()
-        await self._writes.run(punch_hole, self._fd, offset, length)
+        await self._long_writes.run(punch_hole, self._fd, offset, length)
 
     async def flush(self) -> None:
         """Make durable what was written. Raises OSError; a failure is final for this image."""
@@ -151,7 +167,8 @@ class RawImage(BlockDevice):
         if self._closed:
             return
         self._closed = True
-        for worker in (self._reads, self._hints, self._writes, self._syncs):
+        reads, writes = (self._reads, self._long_reads, self._hints), (self._writes, self._long_writes, self._syncs)
+        for worker in (*reads, *writes):
             await worker.close()
         self._mapping.close()
         os.close(self._fd)
@@ -183,7 +200,7 @@ def _warm(fd: int, scratch: memoryview, offset: int, length: int) -> list[Run]:
 
 
 def _read_through(fd: int, scratch: memoryview, offset: int, end: int) -> None:
-    """Read a range for the sake of the page cache: what is read is thrown away."""
+    """Read a range for the sake of the page cache: what is read is thrown away, so threads may share the scratch."""
     while offset < end:
         count = os.preadv(fd, [scratch[: end - offset]], offset)
         if not count:

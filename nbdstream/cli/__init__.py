@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import NoReturn
 
 COMMANDS = {
     "serve": "export an image over NBD",
@@ -63,8 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in a line, and leaves the dozen lines of usage to --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"nbdstream: {message} (see '{self.prog} --help')\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nbdstream",
         description=_DESCRIPTION,
         epilog=_EPILOG,

@@ -106,6 +106,8 @@ def _check(options: argparse.Namespace, activated: Sequence[socket.socket]) -> N
     """Refuse two answers to the question where to listen."""
     tcp = [name for name, value in (("--bind", options.bind), ("--port", options.port)) if value is not None]
     given = (["--unix"] if options.unix is not None else []) + tcp
+    if options.unix == "":
+        raise UsageError("--unix needs the path of a socket")
     if options.unix is not None and tcp:
         raise UsageError(f"--unix and {tcp[0]} are two places to listen: say one")
     if options.stdio and (given or activated):

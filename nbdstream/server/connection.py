@@ -23,7 +23,7 @@ from nbdstream.server.sockets import describe_peer
 from nbdstream.wire.transmission import READ, Request, RequestFields, Transmission
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import TypeAlias
 
     from nbdstream.block.device import Buffer
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from nbdstream.server.payloads import PayloadMemory
     from nbdstream.wire.export import Agreement
 
-    Join: TypeAlias = Callable[[Sequence[Buffer]], Iterable[bytes]]
+    Join: TypeAlias = Callable[[Sequence[Buffer]], Iterator[bytes]]
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class Connection(asyncio.BufferedProtocol):
         self._write_paused = False
         self._reading = True
         self._replies: list[Buffer] = []
+        self._portions: Iterator[bytes] | None = None
+        """Of replies that have to be joined: what the client has not had room for yet."""
         self._settling = False
         self._leaving = False
         """Closed as soon as everything is answered."""
@@ -155,6 +157,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._linger:
             self._linger.cancel()
         self._replies.clear()
+        self._portions = None
         self._incoming = self._held = None
         self._in_flight.cancel_reads()
         if not self._in_flight.requests:
@@ -270,18 +273,24 @@ class Connection(asyncio.BufferedProtocol):
         self._start, self._end = 0, left
 
     def _send(self) -> None:
-        if not self._replies:
-            return
         if self._join:
             self._send_joined(self._join)
-        else:
+        elif self._replies:
             self._transport.writelines(self._replies)
-        self._replies.clear()
+            self._replies.clear()
 
     def _send_joined(self, join: Join) -> None:
+        """Send as much as the client has room for: every byte is copied, and is memory until it has left."""
         try:
-            for data in join(self._replies):
-                self._transport.write(data)
+            while not self._write_paused and (self._portions or self._replies):
+                if not self._portions:
+                    self._portions = join(self._replies.copy())
+                    self._replies.clear()
+                data = next(self._portions, None)
+                if data is None:
+                    self._portions = None
+                else:
+                    self._transport.write(data)
         except OSError as error:
             # Its header may have left already. Where nobody has to look at it, the send itself fails like this.
             _log.warning("%s: what was read cannot be sent: %s", self._peer, error.strerror)
@@ -335,11 +344,11 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.pause_reading()
 
     def _close_if_done(self) -> None:
-        busy = self._replies or self._stalled or self._incoming or self._in_flight.requests
-        if busy or self._lost or self._linger:
+        if self._stalled or self._incoming or self._in_flight.requests or self._lost:
             return
-        self._transport.close()
         self._begin_linger()
+        if not (self._replies or self._portions):
+            self._transport.close()
 
     def _begin_linger(self) -> None:
         # A closing transport sends what is still queued first, to a client that may never take it.

@@ -84,7 +84,9 @@ class NbdServer:
         try:
             server = await loop.create_server(lambda: Handshake(self), host, port, backlog=sockets.BACKLOG)
         except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or error
+            # uvloop repeats the address; the resolver has numbers of its own.
+            known = isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno
+            reason = os.strerror(known) if known else getattr(error, "strerror", None) or error
             msg = f"cannot listen on {host} port {port}: {reason}"
             raise ListenError(msg) from None
         self._add(server)

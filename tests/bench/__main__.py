@@ -15,13 +15,14 @@ from tests.bench import peers
 from tests.bench.process import BenchError
 from tests.bench.reads import measure_reads
 from tests.bench.report import Settings, this_machine, write_report
+from tests.bench.tls import make_certificates, measure_tls
 from tests.bench.transfer import measure_transfers, server_named
 
 if TYPE_CHECKING:
     from tests.bench.results import Section
 
 CHUNK = 16 << 20
-SECTIONS = ("reads", "stream")
+SECTIONS = ("reads", "tls", "stream")
 
 
 def main() -> int:
@@ -53,7 +54,8 @@ def main() -> int:
 def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: str) -> list[Section]:
     systems = [peers.host_system()]
     systems += [peers.chroot_system(name, [scratch, sockets]) for name in arguments.peers]
-    servers, movers = peers.nbd_servers(systems, arguments.ours), peers.movers(systems, arguments.ours)
+    servers = peers.nbd_servers(systems, arguments.ours, arguments.against)
+    movers = peers.movers(systems, arguments.ours, arguments.against)
     if unknown := set(arguments.only) - {competitor.key for competitor in (*servers, *movers)}:
         msg = f"nobody is called {', '.join(sorted(unknown))}"
         raise BenchError(msg)
@@ -62,6 +64,13 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
         sections.append(measure_reads(
             source, peers.selected(servers, arguments.only),
             rounds=arguments.rounds, seconds=arguments.seconds, scratch=scratch, sockets=sockets,
+        ))  # fmt: skip
+    if arguments.section in ("tls", "all"):
+        server_certificates, client_certificates = make_certificates(scratch)
+        secured = peers.tls_servers(systems, arguments.ours, server_certificates)
+        sections.append(measure_tls(
+            source, peers.selected(secured, arguments.only), client_certificates,
+            rounds=arguments.rounds, sockets=sockets,
         ))  # fmt: skip
     if arguments.section in ("stream", "all"):
         sections.append(measure_transfers(
@@ -112,6 +121,8 @@ def _arguments() -> argparse.Namespace:
     add("--source", default="nbdkit", help="who serves what is streamed (default nbdkit)")
     add("--only", default="", metavar="NAME,...", help="some of them: nbdstream,nbdkit,qemu-nbd@debian13,...")
     add("--ours", default=f"{peers.ROOT}/.venv/bin/nbdstream", metavar="COMMAND", help="another nbdstream command")
+    add("--against", metavar="COMMAND",
+        help="an earlier commit's nbdstream, measured in turn with ours (reads and stream)")  # fmt: skip
     add("--output", default=f"{peers.ROOT}/build/bench", metavar="DIR",
         help="where the report goes, and the disks meanwhile: on a disk file system (default build/bench)")  # fmt: skip
     arguments = parser.parse_args()

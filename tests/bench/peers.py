@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from tests.bench.process import run
 from tests.bench.qmp import block_stream
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 OURS = "nbdstream"
+AGAINST = "against"
+"""The other nbdstream of ``--against``."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,14 @@ class Competitor:
     label: str
 
 
+Argv: TypeAlias = "Callable[[str, str], list[str]]"
+
+
 @dataclass(frozen=True)
 class NbdServer(Competitor):
-    """Somebody who serves a raw file; ``argv`` takes the file and the unix socket."""
+    """Somebody who serves a raw file; ``argv`` takes the file, and where to listen (:class:`Place`)."""
 
-    argv: Callable[[str, str], list[str]]
+    argv: Argv
 
 
 @dataclass(frozen=True)
@@ -115,21 +120,33 @@ def versions(system: System) -> Versions:
     return Versions(version("qemu-img", 2), version("nbdkit", 1), version("nbdcopy", 1), version("cp", 3))
 
 
-def our_version() -> str:
-    """The commit of this tree, with ``-dirty`` where files differ from it."""
+def commit(command: str) -> str:
+    """The commit of the tree that an nbdstream command lies in, with ``-dirty`` where files differ from it."""
+    tree = os.path.dirname(os.path.abspath(command))
     try:
-        done = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"],
+        done = subprocess.run(["git", "-C", tree, "describe", "--always", "--dirty"],
                               capture_output=True, text=True, check=True)  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return "of an unknown commit"
     return done.stdout.strip()
 
 
-def nbd_servers(systems: Sequence[System], ours: str) -> list[NbdServer]:
-    """nbdstream, then nbdkit and qemu-nbd of each system. ``ours`` is the nbdstream command."""
-    servers = [NbdServer(OURS, f"{OURS} {our_version()}", lambda path, sock: [ours, "serve", path, "-U", sock])]
+def our_commands(ours: str, against: str | None) -> dict[str, tuple[str, str]]:
+    """Label and command of each nbdstream that is measured, by key: ours, and the one that it is held against."""
+    commands = {OURS: ours} | ({AGAINST: against} if against else {})
+    return {key: (f"{OURS} {commit(command)}", command) for key, command in commands.items()}
+
+
+def nbd_servers(systems: Sequence[System], ours: str, against: str | None) -> list[NbdServer]:
+    """nbdstream, then nbdkit and qemu-nbd of each system; ``argv`` takes the path of a unix socket."""
+    servers = []
+    for key, (label, command) in our_commands(ours, against).items():
+
+        def nbdstream(path: str, sock: str, command: str = command) -> list[str]:
+            return [command, "serve", path, "-U", sock]
+
+        servers.append(NbdServer(key, label, nbdstream))
     for system in systems:
-        found = versions(system)
 
         def nbdkit(path: str, sock: str, system: System = system) -> list[str]:
             return system.command("nbdkit", "-f", "-r", "-U", sock, "file", path)
@@ -137,18 +154,50 @@ def nbd_servers(systems: Sequence[System], ours: str) -> list[NbdServer]:
         def qemu_nbd(path: str, sock: str, system: System = system) -> list[str]:
             return system.command("qemu-nbd", "-t", "-r", "-f", "raw", "-k", sock, "--shared=16", path)
 
-        servers.append(NbdServer(system.key("nbdkit"), system.label("nbdkit", found.nbdkit), nbdkit))
-        servers.append(NbdServer(system.key("qemu-nbd"), system.label("qemu-nbd", found.qemu), qemu_nbd))
+        servers += _servers_of(system, nbdkit, qemu_nbd)
     return servers
 
 
-def movers(systems: Sequence[System], ours: str) -> list[Mover]:
-    """nbdstream, the tools of each system, and cp. ``ours`` is the nbdstream command."""
+def tls_servers(systems: Sequence[System], ours: str, certificates: str) -> list[NbdServer]:
+    """The same with TLS, on a port of ``localhost``; each asks its clients for a certificate."""
 
-    def stream(transfer: Transfer) -> None:
-        run([ours, "stream", transfer.uri, transfer.destination, "-c", "4"])
+    def nbdstream(path: str, port: str) -> list[str]:
+        tls = ["--tls", "require", "--tls-certificates", certificates, "--tls-verify-peer"]
+        return [ours, "serve", path, "-b", "localhost", "-p", port, *tls]
 
-    result = [Mover(OURS, f"{OURS} {our_version()}", "qed", stream)]
+    servers = [NbdServer(OURS, f"{OURS} {commit(ours)}", nbdstream)]
+    for system in systems:
+
+        def nbdkit(path: str, port: str, system: System = system) -> list[str]:
+            tls = ["--tls=require", f"--tls-certificates={certificates}", "--tls-verify-peer"]
+            return system.command("nbdkit", "-f", "-r", "-i", "localhost", "-p", port, *tls, "file", path)
+
+        def qemu_nbd(path: str, port: str, system: System = system) -> list[str]:
+            tls = ["--object", f"tls-creds-x509,id=tls,dir={certificates},endpoint=server", "--tls-creds=tls"]
+            where = ["-b", "localhost", "-p", port]
+            return system.command("qemu-nbd", "-t", "-r", "-f", "raw", *where, *tls, "--shared=16", path)
+
+        servers += _servers_of(system, nbdkit, qemu_nbd)
+    return servers
+
+
+def _servers_of(system: System, nbdkit: Argv, qemu_nbd: Argv) -> list[NbdServer]:
+    found = versions(system)
+    return [
+        NbdServer(system.key("nbdkit"), system.label("nbdkit", found.nbdkit), nbdkit),
+        NbdServer(system.key("qemu-nbd"), system.label("qemu-nbd", found.qemu), qemu_nbd),
+    ]
+
+
+def movers(systems: Sequence[System], ours: str, against: str | None) -> list[Mover]:
+    """nbdstream, the tools of each system, and cp."""
+    result = []
+    for key, (label, command) in our_commands(ours, against).items():
+
+        def stream(transfer: Transfer, command: str = command) -> None:
+            run([command, "stream", transfer.uri, transfer.destination, "-c", "4"])
+
+        result.append(Mover(key, label, "qed", stream))
     for system in systems:
         result += _movers_of(system, versions(system))
     host = systems[0]

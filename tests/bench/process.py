@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import socket
 import subprocess
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0
+HOST = "localhost"
+"""The name in the certificates."""
 
 
 class BenchError(Exception):
@@ -33,14 +37,44 @@ def run(argv: Sequence[str], *, accepted: Sequence[int] = (0,)) -> str:
     return done.stdout
 
 
-class Server:
-    """A server that listens on a unix socket, from the moment it answers until ``stop``."""
+@dataclass(frozen=True)
+class Place:
+    """Where a server listens."""
 
-    def __init__(self, argv: Sequence[str], socket_path: str) -> None:
-        """Start ``argv`` and wait until somebody accepts on ``socket_path``. Raises BenchError."""
+    where: str
+    """What its command is told: the path of a unix socket, or a port of ``localhost``."""
+    uri: str
+    log_path: str
+
+    def connect(self) -> None:
+        """Connect, and hang up. Raises OSError if nobody accepts."""
+        if os.path.isabs(self.where):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(self.where)
+        else:
+            socket.create_connection((HOST, int(self.where))).close()
+
+
+def on_unix(socket_path: str) -> Place:
+    """A unix socket."""
+    return Place(socket_path, f"nbd+unix:///?socket={socket_path}", f"{socket_path}.log")
+
+
+def on_tls(certificates: str, log_path: str) -> Place:
+    """A free port for TLS; ``certificates`` is the clients' directory."""
+    with socket.create_server((HOST, 0)) as probe:
+        port = probe.getsockname()[1]
+    return Place(str(port), f"nbds://{HOST}:{port}/?tls-certificates={certificates}", log_path)
+
+
+class Server:
+    """A server, from the moment it answers until ``stop``."""
+
+    def __init__(self, argv: Sequence[str], place: Place) -> None:
+        """Start ``argv`` and wait until somebody accepts at ``place``. Raises BenchError."""
         self._argv = argv
-        self._log_path = f"{socket_path}.log"
-        self.uri = f"nbd+unix:///?socket={socket_path}"
+        self._log_path = place.log_path
+        self.uri = place.uri
         try:
             with open(self._log_path, "w") as log:
                 self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -48,7 +82,7 @@ class Server:
             msg = f"{shlex.join(argv)}: {error}"
             raise BenchError(msg) from error
         try:
-            self._wait_for(socket_path)
+            self._wait_for(place)
         except BaseException:
             self.stop()
             raise
@@ -70,22 +104,22 @@ class Server:
             self._process.kill()
             self._process.wait()
 
-    def _wait_for(self, socket_path: str) -> None:
+    def _wait_for(self, place: Place) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             self.check()
-            with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
-                client.connect(socket_path)
+            with contextlib.suppress(OSError):
+                place.connect()
                 return
             time.sleep(0.01)
-        msg = f"{shlex.join(self._argv)}: nobody listens on {socket_path} after {START_SECONDS:.0f} s"
+        msg = f"{shlex.join(self._argv)}: nobody listens on {place.where} after {START_SECONDS:.0f} s"
         raise BenchError(msg)
 
 
 @contextlib.contextmanager
-def serving(argv: Sequence[str], socket_path: str) -> Iterator[Server]:
+def serving(argv: Sequence[str], place: Place) -> Iterator[Server]:
     """A Server for the length of a ``with`` block."""
-    server = Server(argv, socket_path)
+    server = Server(argv, place)
     try:
         yield server
     finally:

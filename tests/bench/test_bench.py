@@ -27,7 +27,7 @@ def test_quick_run_measures_everybody(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stdout + done.stderr
     sections = json.loads((tmp_path / "bench.json").read_text())["sections"]
-    for name, competitors in (("reads", SERVERS), ("stream", MOVERS)):
+    for name, competitors in (("reads", SERVERS), ("tls", SERVERS), ("stream", MOVERS)):
         assert sections[name]["problems"] == {}
         for workload in sections[name]["workloads"].values():
             medians = {key: result["median"] for key, result in workload["results"].items()}
@@ -47,6 +47,18 @@ def test_a_command_that_fails_is_named_and_makes_the_run_fail(tmp_path: Path) ->
     section = json.loads((tmp_path / "bench.json").read_text())["sections"]["stream"]
     assert set(section["problems"]) == {"nbdstream"}
     assert [set(workload["results"]) for workload in section["workloads"].values()] == [{"cp"}]
+
+
+def test_another_nbdstream_is_measured_in_turn_with_ours(tmp_path: Path) -> None:
+    ours = f"{peers.ROOT}/.venv/bin/nbdstream"
+    subprocess.run(
+        [BENCH, "reads", "--quick", "--against", ours, "--only", "nbdstream,against", "--output", str(tmp_path)],
+        capture_output=True, check=True,
+    )  # fmt: skip
+
+    section = json.loads((tmp_path / "bench.json").read_text())["sections"]["reads"]
+    assert [set(workload["results"]) for workload in section["workloads"].values()] == [{"nbdstream", "against"}] * 6
+    assert {floor["workload"] for floor in section["floors"] if floor["peer"] == "against"} == {*section["workloads"]}
 
 
 def test_block_stream_tells_what_the_daemon_said(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from tests.bench.peers import Mover, NbdServer, Transfer
-from tests.bench.process import BenchError, run, serving
+from tests.bench.process import BenchError, on_unix, run, serving
 from tests.bench.results import Floor, Section, Workload
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def measure_transfers(
         [MOVE],
         FLOORS,
     )
-    socket_path = f"{sockets}/source"
+    place = on_unix(f"{sockets}/source")
     with contextlib.ExitStack() as stack:
         try:
-            server = stack.enter_context(serving(source.argv(path, socket_path), socket_path))
+            server = stack.enter_context(serving(source.argv(path, place.where), place))
             _warm_up(path, f"{scratch}/destination")
         except BenchError as error:
             for mover in movers:

@@ -5,6 +5,8 @@ import errno
 import os
 import random
 import subprocess
+import tempfile
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +17,7 @@ from nbdstream.errors import ImageError, ImageLockedError
 from nbdstream.extents import Extent, ExtentFlags
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
     from nbdstream.block.device import Buffer
@@ -109,6 +111,31 @@ async def test_many_cold_reads_at_a_time(path: str, image: RawImage, contents: b
     ranges = [(offset, rng.randrange(1, SIZE - offset)) for offset in (rng.randrange(SIZE - 1) for _ in range(50))]
     for (offset, length), buffers in zip(ranges, await asyncio.gather(*(image.read(*r) for r in ranges)), strict=True):
         assert joined(buffers) == contents[offset : offset + length]
+
+
+async def test_a_short_request_does_not_wait_for_long_ones(
+    path: str, image: RawImage, contents: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget(path)
+    released = threading.Event()
+
+    def held(call: Callable[..., int]) -> Callable[..., int]:
+        def perform(*arguments: object) -> int:
+            if "long" in threading.current_thread().name:
+                assert released.wait(60)
+            return call(*arguments)
+
+        return perform
+
+    monkeypatch.setattr(os, "preadv", held(os.preadv))
+    monkeypatch.setattr(os, "pwrite", held(os.pwrite))
+    long = [asyncio.create_task(request) for request in (image.read(0, 2 * MiB), image.write(6 * MiB, contents[:MiB]))]
+    assert joined(await image.read(3 * MiB, 4096)) == contents[3 * MiB : 3 * MiB + 4096]
+    await image.write(8 * MiB, b"short")
+    assert not any(request.done() for request in long)
+    released.set()
+    await asyncio.gather(*long)
+    assert contents_of(path)[6 * MiB : 7 * MiB] == contents[:MiB]
 
 
 async def test_a_sequential_reader_finds_what_it_will_read_in_memory(path: str, image: RawImage) -> None:
@@ -205,6 +232,32 @@ async def test_write_zeroes(path: str, image: RawImage, contents: bytes, *, may_
     await image.write_zeroes(MiB + 3, MiB, may_unmap=may_unmap)
     assert contents_of(path) == contents[: MiB + 3] + bytes(MiB) + contents[2 * MiB + 3 :]
     assert joined(await image.read(MiB, 2 * MiB)) == contents_of(path)[MiB : 3 * MiB]
+
+
+@pytest.fixture
+async def image_without_zero_range() -> AsyncIterator[RawImage]:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:  # tmpfs makes holes but knows no ZERO_RANGE
+        file.write(b"x" * (3 * MiB))
+        file.flush()
+        image = await RawImage.open(file.name, writable=True)
+        yield image
+        await image.close()
+
+
+async def test_zeroes_are_written_where_nothing_else_will_do(image_without_zero_range: RawImage) -> None:
+    image = image_without_zero_range
+    before = os.fstat(image._fd).st_blocks
+    await image.write_zeroes(5, 3 * MiB - 10, may_unmap=False)
+    assert os.pread(image._fd, 3 * MiB, 0) == b"xxxxx" + bytes(3 * MiB - 10) + b"xxxxx"
+    assert os.fstat(image._fd).st_blocks == before
+
+
+async def test_writing_zeroes_is_not_fast(image_without_zero_range: RawImage) -> None:
+    image = image_without_zero_range
+    with pytest.raises(OSError, match="can only be written") as caught:
+        await image.write_zeroes(0, MiB, may_unmap=False, fast_only=True)
+    assert caught.value.errno == errno.ENOTSUP
+    assert os.pread(image._fd, MiB, 0) == b"x" * MiB
 
 
 async def test_discard_makes_a_hole(image: RawImage) -> None:
@@ -330,9 +383,11 @@ async def test_a_block_device_is_an_image(path: str, contents: bytes) -> None:
         assert image.size == 10 * MiB
         await image.write(MiB, b"on the device")
         await image.write_zeroes(2 * MiB, MiB, may_unmap=True)
+        await image.write_zeroes(6 * MiB + 100, 1000, may_unmap=True)  # less than a block of it
         await image.discard(7 * MiB, MiB)
         await image.flush()
         expected = contents[:MiB] + b"on the device" + contents[MiB + 13 : 2 * MiB] + bytes(MiB) + contents[3 * MiB :]
+        expected = expected[: 6 * MiB + 100] + bytes(1000) + expected[6 * MiB + 1100 :]
         assert joined(await image.read(0, 7 * MiB)) == expected[: 7 * MiB]
         assert await image.extents(0, image.size) == [Extent(0, 10 * MiB, DATA)]
         await image.close()

@@ -96,4 +96,4 @@ def test_a_wrong_command_line_is_a_usage_error(line: str, capsys: pytest.Capture
     with pytest.raises(SystemExit) as ended:
         _parser().parse_args(line.split())
     assert ended.value.code == 2
-    assert "usage: nbdstream" in capsys.readouterr().err
+    assert "--help')" in capsys.readouterr().err

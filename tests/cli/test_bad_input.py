@@ -427,12 +427,12 @@ def test_no_room_to_make_the_overlay(tmp_path: Path, source: str) -> None:
 )
 def test_a_wrong_command_line_ends_with_2(tmp_path: Path, arguments: list[str]) -> None:
     result = nbdstream(*arguments, status=2)
-    assert "usage: nbdstream" in result.stderr
-    assert "error: " in result.stderr.splitlines()[-1]
+    assert result.stderr.endswith("--help')\n")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_wrong_command_line_of_check_ends_with_1_since_2_says_corrupt() -> None:
-    assert "usage: nbdstream check" in nbdstream("check", status=1).stderr
+    assert "(see 'nbdstream check --help')" in nbdstream("check", status=1).stderr
 
 
 def test_without_libnbd_one_sentence_says_what_to_install(tmp_path: Path) -> None:

@@ -154,6 +154,11 @@ def test_a_path_that_is_no_utf_8_is_served_under_a_name_that_is(tmp_path: Path) 
         (["a", "--tls-certificates", "/x"], "certificates are given, but TLS is off"),
         (["a", "--tls-verify-peer"], "certificates are given, but TLS is off"),
         (["a", "-U", "s", "-p", "1"], "--unix and --port are two places to listen"),
+        (["a", "-U", ""], "--unix needs the path of a socket"),
+        (
+            ["a", "-p", "x"],
+            "argument -p/--port: 'x' is not a whole number from 0 to 65535 (see 'nbdstream",
+        ),
         (["a", "--stdio", "-U", "s"], "--stdio and --unix cannot be combined"),
         (["a", "--stdio", "-b", "::1"], "--stdio and --bind cannot be combined"),
     ],

@@ -146,7 +146,7 @@ async def test_tcp_and_a_port_in_use(device: MemoryDevice) -> None:
     port = int(server.uris[0].rsplit(":", 1)[1].rstrip("/"))
     client = RawClient(*await asyncio.open_connection("127.0.0.1", port))
     await client.greet()
-    with pytest.raises(ListenError, match=f"port {port}"):
+    with pytest.raises(ListenError, match=f"port {port}: Address already in use"):
         await NbdServer([Export("", device, writable=False)]).listen_tcp("127.0.0.1", port)
     await client.close()
     await server.close()
