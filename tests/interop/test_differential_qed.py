@@ -23,6 +23,8 @@ import pytest
 from hypothesis import strategies as st
 
 from nbdstream.block.chain import open_device
+from nbdstream.block.growth import grow
+from nbdstream.block.overlay import Overlay
 from nbdstream.extents import ExtentFlags
 from tests.support import qed
 
@@ -68,11 +70,16 @@ class Disk:
     zeroed: set[int] = field(default_factory=set)
     """Clusters that may be zero clusters."""
 
+    @property
+    def size(self) -> int:
+        """Of the disk, in bytes."""
+        return len(self.model)
+
     def apply(self, operation: Operation, *, discards: bool) -> None:
         """Do it to the model. QEMU's QED ignores a discard, we make zeroes of whole clusters."""
         kind, offset, length, byte = operation
         size, end = self.geometry.cluster_size, offset + length
-        whole = range(-(-offset // size), -(-end // size) if end == self.geometry.size else end // size)
+        whole = range(-(-offset // size), -(-end // size) if end == self.size else end // size)
         if kind == "write":
             self.model[offset:end] = bytes([byte]) * length
             self.zeroed.difference_update(whole)
@@ -80,7 +87,7 @@ class Disk:
             self.model[offset:end] = bytes(length)
             self.zeroed.update(whole)
         elif kind == "discard" and discards and whole:
-            start, end = whole.start * size, min(whole.stop * size, self.geometry.size)
+            start, end = whole.start * size, min(whole.stop * size, self.size)
             self.model[start:end] = bytes(end - start)
             self.zeroed.update(whole)
 
@@ -95,7 +102,7 @@ class Disk:
         touched = range(operation.offset // size, -(-end // size))
         if self.zeroed.isdisjoint(touched):
             return operation
-        start, end = touched.start * size, min(touched.stop * size, self.geometry.size)
+        start, end = touched.start * size, min(touched.stop * size, self.size)
         return operation._replace(offset=start, length=end - start)
 
 
@@ -161,6 +168,27 @@ def reads(model: bytearray, operation: Operation) -> list[str]:
         if len(commands) == 3:
             break
     return commands
+
+
+async def grow_ours(disk: Disk, size: int) -> None:
+    device = await open_ours(disk, writable=True)
+    assert isinstance(device, Overlay)
+    try:
+        await grow(device, size)
+    finally:
+        await device.close()
+    cluster_size = disk.geometry.cluster_size
+    disk.zeroed.update(range(disk.size // cluster_size, -(-size // cluster_size)))  # where the backing file would show
+    disk.model.extend(bytes(size - disk.size))
+
+
+async def grow_qemu(disk: Disk, size: int) -> None:
+    """Grow it by QEMU, or by us where QEMU refuses: the backing file is longer than the disk."""
+    if (disk.geometry.backing or 0) > disk.size:
+        await grow_ours(disk, size)
+        return
+    qed.qemu_img("resize", "-q", "-f", "qed", disk.path, str(size))
+    disk.model.extend(bytes(size - disk.size))
 
 
 async def open_ours(disk: Disk, *, writable: bool = False) -> BlockDevice:
@@ -262,6 +290,13 @@ class Run:
             # The models are the same but for what was discarded before.
             self._compare_twins()
 
+    async def grow(self, size: int, *, shared_is_ours: bool) -> None:
+        """Make all three disks larger."""
+        await grow_ours(self.ours, size)
+        await grow_qemu(self.theirs, size)
+        await (grow_ours if shared_is_ours else grow_qemu)(self.shared, size)
+        self.geometry = self.geometry._replace(size=size)
+
     def _compare_twins(self) -> None:
         if self.ours.model == self.theirs.model:
             assert qed.qemu_compare(self.ours.path, self.theirs.path, second_format="qed")
@@ -340,6 +375,9 @@ def test_the_same_operations_make_the_same_disk(tmp_path_factory: pytest.TempPat
     for _ in range(data.draw(st.integers(1, 2))):
         operations = data.draw(operations_of(geometry))
         asyncio.run(run.phase(operations, shared_is_ours=data.draw(st.booleans())))
+        if data.draw(st.booleans()):
+            geometry = geometry._replace(size=geometry.size + data.draw(st.integers(1, 40)) * SECTOR)
+            asyncio.run(run.grow(geometry.size, shared_is_ours=data.draw(st.booleans())))
 
 
 async def run_for(tmp_path: Path, seed: int, *, seconds: float, operations: int) -> Counter[str]:
@@ -354,10 +392,14 @@ async def run_for(tmp_path: Path, seed: int, *, seconds: float, operations: int)
         run = Run(str(directory), geometry := random_geometry(chance), chance)
         try:
             for _ in range(4):
-                some = random_operations(chance, geometry, chance.randint(1, operations))
+                some = random_operations(chance, run.geometry, chance.randint(1, operations))
                 await run.phase(some, shared_is_ours=chance.random() < 0.5)
                 done["operations"] += 3 * len(some)
                 done["phases"] += 1
+                if chance.random() < 0.4:
+                    more = chance.choice([SECTOR, geometry.cluster_size, 5 * geometry.cluster_size + SECTOR])
+                    await run.grow(run.geometry.size + more, shared_is_ours=chance.random() < 0.5)
+                    done["grown"] += 1
         except BaseException:
             print(f"seed {seed + number}, run {number}: {geometry}")
             raise

@@ -41,8 +41,8 @@ class Seen(NamedTuple):
     check: str
     corruptions: int
     """How many a check counts."""
-    reads: dict[int, bool]
-    """Cluster of the disk: whether it could be read."""
+    reads: dict[int, bytes | None]
+    """Cluster of the disk to what it reads as; None where that is an error."""
 
 
 class Case(NamedTuple):
@@ -90,20 +90,19 @@ def _our_check(path: str) -> tuple[str, int]:
     return _CORRUPT if found.corruptions else _CLEAN, found.corruptions
 
 
-async def _our_reads(path: str) -> dict[int, bool] | None:
+async def _our_reads(path: str) -> dict[int, bytes | None] | None:
     try:
         device = Overlay(await QedImage.open(path))
     except ImageError:
         return None
-    reads: dict[int, bool] = {}
+    reads: dict[int, bytes | None] = {}
     for cluster in clusters_of(device.size):
-        length = min(CLUSTER, device.size - cluster * CLUSTER)
         try:
-            await device.read(cluster * CLUSTER, length)
+            buffers = await device.read(cluster * CLUSTER, CLUSTER)
         except OSError:
-            reads[cluster] = False
+            reads[cluster] = None
         else:
-            reads[cluster] = True
+            reads[cluster] = b"".join(bytes(buffer) for buffer in buffers)
     await device.close()
     return reads
 
@@ -115,15 +114,27 @@ def clusters_of(size: int) -> Iterable[int]:
 def theirs(path: str, image: bytes) -> Seen:
     name = qed.without_backing(path)
     size = struct.unpack_from("<Q", image, 48)[0] if len(image) >= 56 else 0
-    commands = [f"read {cluster * CLUSTER} {CLUSTER}" for cluster in clusters_of(size)]
+    commands = [f"read -v {cluster * CLUSTER} {CLUSTER}" for cluster in clusters_of(size)]
     result = subprocess.run(
         ["qemu-io", "-r", name], input="\n".join([*commands, "quit", ""]), capture_output=True, text=True, check=False
     )
-    done = {int(at) // CLUSTER for at in re.findall(r"\bread \d+/\d+ bytes at offset (\d+)", result.stdout)}
     status, corruptions = _their_check(name)
-    opens = "can't open" not in result.stderr
-    reads = {cluster: cluster in done for cluster in clusters_of(size)} if opens else {}
-    return Seen(opens, status, corruptions, reads)
+    if "can't open" in result.stderr:
+        return Seen(opens=False, check=status, corruptions=corruptions, reads={})
+    return Seen(True, status, corruptions, dict.fromkeys(clusters_of(size)) | _dumped(result.stdout))
+
+
+def _dumped(text: str) -> dict[int, bytes | None]:
+    """Return what qemu-io's ``read -v`` has shown, by cluster."""
+    found: dict[int, bytes | None] = {}
+    data = ""
+    for line in text.splitlines():
+        if dump := re.search(r"[0-9a-f]{8}:  ((?:[0-9a-f]{2} ){16})", line):
+            data += dump[1]
+        elif done := re.search(r"\bread \d+/\d+ bytes at offset (\d+)", line):
+            found[int(done[1]) // CLUSTER] = bytes.fromhex(data)
+            data = ""
+    return found
 
 
 def _their_check(name: str) -> tuple[str, int]:

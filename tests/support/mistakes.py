@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -15,7 +16,6 @@ from nbdstream.block.qed.epochs import Epochs
 from nbdstream.block.qed.image import QedImage
 from nbdstream.block.qed.opening import write_header
 from nbdstream.cli import main
-from nbdstream.stream import job
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +72,9 @@ def forget_the_backing_file_early(patch: pytest.MonkeyPatch) -> None:
         pass
 
     patch.setattr(QedImage, "forget_backing", early)
-    patch.setattr(job, "tidy", nothing)
+    importlib.import_module("nbdstream.stream.disk")
+    for name in [name for name in sys.modules if name.startswith("nbdstream.stream")]:  # whoever tidies before
+        patch.setattr(f"{name}.tidy", nothing, raising=False)
 
 
 MISTAKES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

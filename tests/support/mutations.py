@@ -92,3 +92,26 @@ def mutated(seed: bytes) -> bytes:
     for at in range(0, len(seed) - 3, 4):
         Change(*seed[at : at + 4]).apply(image)
     return bytes(image)
+
+
+def readable(image: bytes | bytearray) -> dict[int, bytes]:
+    """Return what can be read, cluster by cluster, of an image whose header is as it was.
+
+    Left out is what an entry leads nowhere for, and what lies over tables or the header.
+    """
+    found: dict[int, bytes] = {}
+    tables = [place for place in struct.unpack_from("<4Q", image, L1) if _holds(image, place, TABLE_BYTES)]
+    taken = {0, *(place // CLUSTER + i for place in [L1, *tables] for i in (0, 1))}
+    for index, place in enumerate(struct.unpack_from("<4Q", image, L1)):
+        if place not in tables or tables.count(place) > 1:
+            continue
+        for number, entry in enumerate(struct.unpack_from(f"<{ENTRIES}Q", image, place)):
+            if entry == 1:
+                found[index * ENTRIES + number] = bytes(CLUSTER)
+            elif _holds(image, entry, CLUSTER) and entry // CLUSTER not in taken:
+                found[index * ENTRIES + number] = bytes(image[entry : entry + CLUSTER])
+    return found
+
+
+def _holds(image: bytes | bytearray, place: int, length: int) -> bool:
+    return place >= CLUSTER and place % CLUSTER == 0 and place + length <= len(image)

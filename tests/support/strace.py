@@ -40,7 +40,7 @@ def killing(call: str, number: int) -> list[str]:
 class Traced(Command):
     """A command that runs under strace. Its signals and its status are the command's own."""
 
-    def __init__(self, path: str, log: str, *arguments: str, program: Sequence[str] = (NBDSTREAM,)) -> None:
+    def __init__(self, path: str, log: str, *arguments: str, program: Sequence[str] = ()) -> None:
         """Have strace write to ``log`` what becomes of the file ``path``, which exists."""
         with open(path, "rb") as file:
             self._initial = file.read()
@@ -49,7 +49,7 @@ class Traced(Command):
         calls = ",".join([*_CHANGES, *_SYNCS, *_OTHERS])
         clock = ("--absolute-timestamps=format:unix,precision:ns", "--syscall-times=ns")
         strace = ("strace", "-D", "-f", "--seccomp-bpf", "-o", log, "-P", path, "-xx", "-s", str(_LONGEST), *clock)
-        Process.__init__(self, *strace, "-e", f"trace={calls}", *program, *arguments)
+        Process.__init__(self, *strace, "-e", f"trace={calls}", *(program or (NBDSTREAM,)), *arguments)
 
     def recording(self) -> Recording:
         """Return what it did. It must have ended."""
@@ -112,10 +112,12 @@ def _event(name: str, arguments: str, result: int, begin: int, end: int) -> list
     if name == "mmap":
         assert "PROT_WRITE" not in arguments or "MAP_PRIVATE" in arguments, "the file can be changed unseen"
         return []
+    assert name in ("pwrite64", "pwritev", "pwritev2"), f"{name} is not expected: {arguments[-100:]}"
     if name == "pwritev2":
-        assert numbers.pop() == 0, "flags are not expected"
-    else:
-        assert name in ("pwrite64", "pwritev"), f"{name} is not expected: {arguments[-100:]}"
+        flags = arguments.rpartition(", ")[2].strip()
+        assert flags in ("0", "RWF_NOWAIT"), f"{flags} are not expected"
+        if flags == "0":
+            del numbers[-1]
     return [Event("write", begin, end, numbers[-1], _data(arguments)[:result])]
 
 
