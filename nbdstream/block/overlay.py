@@ -66,6 +66,8 @@ class Overlay(BlockDevice):
         unallocated may be below."""
         self.remote_count = 0
         """How many bits of ``remote`` are set."""
+        self.zero: bitarray = image.zeroes if below is not None else image.zeroes | ~image.allocated
+        """Opened for writing: the clusters that are known to read as zero and have no data."""
         self._cluster_size = image.cluster_size
         self._busy: dict[int, asyncio.Future[None]] = {}
 
@@ -334,6 +336,7 @@ class Overlay(BlockDevice):
         while (present := self.image.entry_now(cluster)) is None:
             await self.image.load_entry(cluster)
         self._localize(cluster)
+        self.zero[cluster] = entry == ZERO
         self.image.map(cluster, entry, replaced=present if present > ZERO else 0)
 
     def _localize(self, cluster: int) -> None:
@@ -364,6 +367,12 @@ class Overlay(BlockDevice):
 
     # -- streaming --------------------------------------------------------------------------------------------
 
+    def begin_streaming(self, keeper: Keeper) -> None:
+        """Take all that is unallocated to be remote, and have ``keeper`` keep what is read of it."""
+        self.remote = ~self.image.allocated
+        self.remote_count = self.remote.count()
+        self.keeper = keeper
+
     def adopt(self, cluster: int, place: int, count: int, zero: int) -> None:
         """Take over fetched clusters: those only that are still remote.
 
@@ -376,6 +385,7 @@ class Overlay(BlockDevice):
             stored = wanted and not zero >> index & 1
             if wanted:
                 self._localize(cluster + index)
+                self.zero[cluster + index] = not stored
                 self.image.map(cluster + index, place if stored else ZERO)
             if not stored:
                 self.image.release(place, 1)
@@ -385,6 +395,7 @@ class Overlay(BlockDevice):
         """Note that the source says these clusters read as zero: they need not be fetched, nor allocated."""
         if self.remote is not None:
             self.remote_count -= self.remote.count(1, first, behind)
+            self.zero[first:behind] |= self.remote[first:behind]
             self.remote[first:behind] = 0
 
     def become_independent(self) -> None:

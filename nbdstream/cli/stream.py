@@ -45,7 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="connections to the source, if it allows several (default: 4)",
     )
     parser.add_argument(
-        "--rate", type=arguments.size, metavar="BYTES", help="fetch at most so much per second in the background"
+        "--rate",
+        type=arguments.size,
+        default=0,
+        metavar="BYTES",
+        help="fetch at most so much per second in the background (default: no limit)",
+    )
+    parser.add_argument(
+        "--no-job", dest="job", action="store_false", help="serve, but stream nothing before somebody asks for it"
     )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("-p", dest="progress", action="store_const", const="bar", help="the same as --progress bar")
@@ -56,8 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def run(options: argparse.Namespace) -> int:
     """Stream, and serve until told to stop."""
-    if options.rate == 0:
-        options.rate = None
     with stop_signals() as stop:
         disk = await DiskStream.start(
             options.source,
@@ -66,7 +71,8 @@ async def run(options: argparse.Namespace) -> int:
             socket_mode=options.socket_mode,
             socket_group=options.socket_group,
             connections=options.connections,
-            rate=options.rate,
+            job=options.job,
+            speed=options.rate,
             tls_certificates=options.tls_certificates,
         )
         try:

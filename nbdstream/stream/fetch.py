@@ -24,13 +24,15 @@ _LONGEST_FETCH = 1 << 20
 class Fetch:
     """Clusters ``first .. behind-1`` on their way to ``place`` in the file."""
 
-    __slots__ = ("behind", "first", "length", "place", "waiters")
+    __slots__ = ("behind", "first", "length", "place", "stored", "waiters")
 
     def __init__(self, first: int, behind: int, place: int, length: int) -> None:
         self.first = first
         self.behind = behind
         self.place = place
         self.length = length
+        self.stored = False
+        """Whether any of it was written to the file: it is there, and not all zero."""
         self.waiters: list[asyncio.Future[OSError | None]] = []
 
 
@@ -44,11 +46,13 @@ class Fetches:
         self._cluster_size = overlay.image.cluster_size
         self._in_flight: dict[int, Fetch] = {}
         self.bytes_in_flight = 0
+        self.waiting = 0
+        """How many wait for a fetch now."""
         self.last_wanted = -math.inf
         """When somebody last had to wait for a fetch, by the loop's clock."""
         self.bytes_fetched = 0
         """What came over the connection, in bytes."""
-        self.on_finished: Callable[[OSError | None], None] = lambda _error: None
+        self.on_finished: Callable[[Fetch, OSError | None], None] = lambda _fetch, _error: None
         """Called when a fetch ended, with what went wrong."""
 
     async def keep(self, first: int, behind: int) -> None:
@@ -57,9 +61,15 @@ class Fetches:
         Raises OSError if the source answers with an error.
         """
         waiting = [self._join(fetch) for fetch in self._needed(first, behind)]
-        if waiting:
-            self.last_wanted = asyncio.get_running_loop().time()
-        for error in await asyncio.gather(*waiting) if waiting else ():
+        if not waiting:
+            return
+        self.last_wanted = asyncio.get_running_loop().time()
+        self.waiting += 1
+        try:
+            errors = await asyncio.gather(*waiting)
+        finally:
+            self.waiting -= 1
+        for error in errors:
             if error is not None and error.errno != errno.ENOSPC and self._is_remote(first, behind):
                 raise OSError(error.errno, error.strerror)
 
@@ -85,6 +95,11 @@ class Fetches:
     def is_in_flight(self, cluster: int) -> bool:
         """Whether a cluster is being fetched."""
         return cluster in self._in_flight
+
+    @property
+    def in_flight_clusters(self) -> list[int]:
+        """Which clusters are being fetched, sorted."""
+        return sorted(self._in_flight)
 
     def begin(self, first: int, most: int, *, urgent: bool = False) -> Fetch:
         """Begin to fetch ``first``, which is remote and not in flight, with the like behind it: ``most`` at most."""
@@ -132,10 +147,11 @@ class Fetches:
         self.bytes_in_flight -= fetch.length
         count = fetch.behind - fetch.first
         if error is None:
+            fetch.stored = zero != (1 << count) - 1
             self._overlay.adopt(fetch.first, fetch.place, count, zero)
         else:
             self._image.release(fetch.place, count)
         for waiter in fetch.waiters:
             if not waiter.done():
                 waiter.set_result(error)
-        self.on_finished(error)
+        self.on_finished(fetch, error)

@@ -15,7 +15,8 @@ from nbdstream.block.qed.opening import create_file
 from nbdstream.extents import Extent, ExtentFlags, merge
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
-from nbdstream.stream.fetch import Fetches
+from nbdstream.stream.events import Event, Listeners
+from nbdstream.stream.hydration import Hydration
 from nbdstream.stream.source import Source, round_up
 from nbdstream.uri import NbdUri
 
@@ -115,10 +116,9 @@ class Streamed:
         self.image = overlay.image
         self.source = source
         self.disk = disk
-        overlay.remote = ~overlay.image.allocated
-        overlay.remote_count = overlay.remote.count()
-        self.fetches = Fetches(overlay, source)
-        overlay.keeper = self.fetches
+        self.events: list[Event] = []
+        self.hydration = Hydration(overlay, source, Listeners([self.events.append]))
+        self.fetches = self.hydration.fetches
 
     async def read(self, offset: int, length: int) -> bytes:
         buffers = self.overlay.read_now(offset, length)

@@ -13,9 +13,19 @@ import pytest
 
 from nbdstream.block.qed.opening import create_file, read_header
 from nbdstream.block.remote.export import RemoteExport
-from nbdstream.errors import ImageError, ImageLockedError, ListenError, NbdstreamError, SourceError, WrongSourceError
+from nbdstream.errors import (
+    ImageError,
+    ImageLockedError,
+    JobError,
+    ListenError,
+    NbdstreamError,
+    SourceError,
+    WrongSourceError,
+)
 from nbdstream.stream import source as source_module
-from nbdstream.stream.disk import DiskStream, check_origin, create_overlay
+from nbdstream.stream.disk import DiskStream, StepResult, check_origin, create_overlay
+from nbdstream.stream.events import ErrorAction, Event, Operation, OperationFailed, SourceBack, SourceLost
+from nbdstream.stream.snapshot import DiskState
 from nbdstream.uri import NbdUri
 from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, some_bytes
 from tests.support import qed
@@ -43,7 +53,7 @@ async def stream_all(uri: str, path: str) -> DiskStream:
 
 async def stop_on_the_way(server: SourceServer, path: str, clusters: int = 10) -> None:
     """Leave an overlay behind that has some clusters."""
-    disk = await DiskStream.start(server.uri, path, rate=1)
+    disk = await DiskStream.start(server.uri, path, speed=1)
     try:
         for cluster in range(clusters):
             await disk.overlay.read(cluster * CLUSTER, 1)
@@ -90,7 +100,7 @@ async def test_a_resumed_overlay_does_not_fetch_again_what_it_has(
 async def test_what_was_written_before_a_stop_is_there_after_resuming(
     server: SourceServer, disk: SourceDisk, path: str
 ) -> None:
-    stream = await DiskStream.start(server.uri, path, rate=1)
+    stream = await DiskStream.start(server.uri, path, speed=1)
     await stream.overlay.write(39 * CLUSTER + 5, b"here")
     await stream.close()
     await stream_all(server.uri, path)
@@ -298,7 +308,7 @@ async def test_a_directory_that_does_not_exist_is_refused(server: SourceServer, 
 
 
 async def test_an_overlay_that_somebody_has_open_is_refused(server: SourceServer, path: str) -> None:
-    async with await DiskStream.start(server.uri, path, rate=1):
+    async with await DiskStream.start(server.uri, path, speed=1):
         with pytest.raises(ImageLockedError, match=path):
             await DiskStream.start(server.uri, path)
 
@@ -343,3 +353,143 @@ async def test_the_origin_is_compared_as_a_source_and_not_as_a_text(path: str) -
     check_origin(path, "nbd://host/disk", NbdUri.parse("nbd://host:10809/disk"))
     with pytest.raises(ImageError, match="nbd://host/disk"):
         check_origin(path, "nbd://host/disk", NbdUri.parse("nbd://host/other"))
+
+
+# A job, or step by step.
+
+
+async def left_alone(server: SourceServer, path: str) -> DiskStream:
+    return await DiskStream.start(server.uri, path, job=False)
+
+
+async def test_without_a_job_nothing_is_fetched_but_what_is_read_is_kept(
+    server: SourceServer, disk: SourceDisk, path: str
+) -> None:
+    async with await left_alone(server, path) as stream:
+        assert stream.job is None
+        await asyncio.sleep(0.05)
+        assert disk.reads == []
+        for _ in range(2):
+            await stream.overlay.read(5 * CLUSTER, 10)
+        assert len(disk.reads) == 1
+
+
+async def test_steps_come_to_the_end_and_say_so(server: SourceServer, disk: SourceDisk, path: str) -> None:
+    async with await left_alone(server, path) as stream:
+        offsets = []
+        step = StepResult(0, False)
+        while not step.finished:
+            offsets.append(step.next_offset)
+            step = await stream.step(step.next_offset, 9 * CLUSTER)
+            assert stream.independent == step.finished
+        assert offsets == [9 * CLUSTER * number for number in range(5)]
+        assert step == (disk.size, True)
+        assert await stream.step(0) == (disk.size, True)
+        await stream.wait()
+    assert is_sound(path, disk.data)
+    assert all(disk.times_read(cluster) == 1 for cluster in range(40))
+
+
+async def test_a_step_fetches_what_is_remote_in_its_range_and_no_more(
+    server: SourceServer, disk: SourceDisk, path: str
+) -> None:
+    zero = range(8 * CLUSTER, 30 * CLUSTER)
+    disk.data[zero.start : zero.stop] = bytes(len(zero))
+    disk.zeroes.append(zero)
+    async with await left_alone(server, path) as stream:
+        assert await stream.step(5 * CLUSTER + 1, CLUSTER) == (7 * CLUSTER, False)
+        assert [disk.times_read(cluster) for cluster in range(9)] == [0, 0, 0, 0, 0, 1, 1, 0, 0]
+        assert await stream.step(7 * CLUSTER, CLUSTER) == (30 * CLUSTER, False)
+        assert await stream.step(8 * CLUSTER, 22 * CLUSTER) == (30 * CLUSTER, False)
+        assert [disk.times_read(cluster) for cluster in range(8, 31)] == [0] * 23
+        assert await stream.step(30 * CLUSTER, 1 << 40) == (0, False)  # and from the start
+        assert await stream.step(0) == (disk.size, True)
+    assert is_sound(path, disk.data)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, 0), (0, -5), (40 * CLUSTER + 1, 1)])
+async def test_a_step_that_is_not_one_of_the_disk_is_refused(
+    server: SourceServer, path: str, offset: int, length: int
+) -> None:
+    async with await left_alone(server, path) as stream:
+        with pytest.raises(ValueError, match="disk"):
+            await stream.step(offset, length)
+
+
+async def test_a_disk_is_streamed_by_one_at_a_time(server: SourceServer, disk: SourceDisk, path: str) -> None:
+    disk.gate.clear()
+    async with await left_alone(server, path) as stream:
+        stepping = asyncio.create_task(stream.step(0))
+        await disk.asked.wait()
+        with pytest.raises(JobError, match="already"):
+            stream.start_job()
+        disk.gate.set()
+        await stepping
+    os.unlink(path)
+    async with await DiskStream.start(server.uri, path, speed=1) as stream:
+        with pytest.raises(JobError, match="already"):
+            stream.start_job()
+        with pytest.raises(JobError, match="already"):
+            await stream.step(0)
+
+
+async def test_a_job_that_was_cancelled_is_followed_by_another(
+    server: SourceServer, disk: SourceDisk, path: str
+) -> None:
+    async with await DiskStream.start(server.uri, path, speed=1) as stream:
+        assert stream.job
+        await stream.job.cancel()
+        assert stream.job is None
+        assert await stream.step(0, CLUSTER)
+        job = stream.start_job(job_id="second")
+        assert stream.job is job
+        await stream.wait()
+        with pytest.raises(JobError, match="independent"):
+            stream.start_job()
+    assert is_sound(path, disk.data)
+
+
+# What there is to see.
+
+
+async def test_a_snapshot_follows_a_disk_through_its_life(server: SourceServer, disk: SourceDisk, path: str) -> None:
+    zero = range(10 * CLUSTER, 20 * CLUSTER)
+    disk.data[zero.start : zero.stop] = bytes(len(zero))
+    disk.zeroes.append(zero)
+    events: list[Event] = []
+    async with await left_alone(server, path) as stream:
+        stream.listeners.append(events.append)
+        assert stream.snapshot().state is DiskState.RUNNING
+        assert stream.snapshot().amounts == (0, 0, 40 * CLUSTER, 0, 0)
+        await stream.step(0, 15 * CLUSTER)
+        assert stream.snapshot().amounts == (10 * CLUSTER, 10 * CLUSTER, 20 * CLUSTER, 0, 0)
+        assert [part.remote for part in stream.map(4)] == [0, 0, 10 * CLUSTER, 10 * CLUSTER]
+        assert stream.map(1000) == [*stream.map(40)]
+        await server.stop()
+        waiting = asyncio.create_task(stream.overlay.read(30 * CLUSTER, 1))
+        while stream.snapshot().state is DiskState.RUNNING or not stream.snapshot().waiting:
+            await asyncio.sleep(0.001)
+        degraded = stream.snapshot()
+        assert degraded.state is DiskState.DEGRADED
+        assert degraded.reason
+        assert degraded.since
+        assert degraded.amounts.in_flight == CLUSTER
+        await server.start()
+        await waiting
+        assert stream.snapshot().state is DiskState.RUNNING
+        assert [type(event) for event in events] == [SourceLost, SourceBack]
+        await stream.step(0, disk.size)
+        assert stream.snapshot().state is DiskState.INDEPENDENT
+        assert stream.snapshot().amounts == (30 * CLUSTER, 10 * CLUSTER, 0, 0, 0)
+
+
+async def test_a_job_is_told_that_its_source_is_lost(server: SourceServer, path: str) -> None:
+    events: list[Event] = []
+    async with await DiskStream.start(server.uri, path, speed=1) as stream:
+        stream.listeners.append(events.append)
+        await server.stop()
+        while not any(isinstance(event, SourceLost) for event in events):
+            await asyncio.sleep(0.001)
+        failed = next(event for event in events if isinstance(event, OperationFailed))
+        assert (failed.job, failed.operation, failed.action) == ("disk0", Operation.READ, ErrorAction.STOP)
+        assert failed.reason

@@ -52,6 +52,8 @@ class QedImage:
         self.cluster_size = file.header.cluster_size
         self.allocated: bitarray = file.allocated
         """Opened for writing: a bit for each cluster of the disk that was not UNALLOCATED then."""
+        self.zeroes: bitarray = file.zeroes
+        """The same of those that were ZERO."""
         self._fd = file.fd
         self._space: Space = file.space
         self._tables: Tables = file.tables

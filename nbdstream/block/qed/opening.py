@@ -34,6 +34,7 @@ class OpenFile(NamedTuple):
     tables: Tables
     space: Space
     allocated: bitarray
+    zeroes: bitarray
     record: Record | None
 
 
@@ -92,10 +93,10 @@ def _look_through(fd: int, path: str, *, writable: bool) -> OpenFile:
         if links:
             raise ImageError(f"{path}: its owner was killed; open it for writing first, as 'nbdstream stream' does")
         whole = Space(header.cluster_size, os.fstat(fd).st_size)
-        return OpenFile(fd, header, extension, backing_name, tables, whole, bitarray(), None)
+        return OpenFile(fd, header, extension, backing_name, tables, whole, bitarray(), bitarray(), None)
     if links:
         _replay(fd, header, tables, links)
-    used, allocated = _scan(fd, header, tables)
+    used, allocated, zeroes = _scan(fd, header, tables)
     space = Space.of_used(header.cluster_size, used)
     os.ftruncate(fd, space.end)  # the tail that nothing refers to: what a crash left
     record = Record.create(fd, extension.image_uuid) if extension else None
@@ -103,7 +104,7 @@ def _look_through(fd: int, path: str, *, writable: bool) -> OpenFile:
     ours = replace(header, autoclear_features=AUTOCLEAR_RECORD if record else 0)
     if ours != header:
         write_header(fd, ours)
-    return OpenFile(fd, ours, extension, backing_name, tables, space, allocated, record)
+    return OpenFile(fd, ours, extension, backing_name, tables, space, allocated, zeroes, record)
 
 
 def _recorded_links(fd: int, header: Header, extension: Extension | None) -> list[Link]:
@@ -146,8 +147,8 @@ def write_header(fd: int, header: Header) -> None:
     os.fdatasync(fd)
 
 
-def _scan(fd: int, header: Header, tables: Tables) -> tuple[bitarray, bitarray]:
-    """Walk all tables: return which clusters of the file are used, and which of the disk are not unallocated.
+def _scan(fd: int, header: Header, tables: Tables) -> tuple[bitarray, bitarray, bitarray]:
+    """Walk all tables: return which clusters of the file are used, and which of the disk are not unallocated, or ZERO.
 
     What only entries beyond the image size lead to is used, too. Raises ImageError if an entry leads nowhere, or two
     lead to the same cluster: writing would then destroy data.
@@ -164,7 +165,7 @@ def _scan(fd: int, header: Header, tables: Tables) -> tuple[bitarray, bitarray]:
         first = place // cluster_size
         used[first : first + header.table_size] = 1
         count += header.table_size
-    allocated = zeros(disk_clusters)
+    allocated, zeroes = zeros(disk_clusters), zeros(disk_clusters)
     for page in tables.pages():
         entries = tables.load_page(page).tolist()
         places = [entry for entry in entries if entry > ZERO]
@@ -172,10 +173,12 @@ def _scan(fd: int, header: Header, tables: Tables) -> tuple[bitarray, bitarray]:
         used[[place // cluster_size for place in places]] = 1
         count += len(places)
         first = page * PAGE_ENTRIES
-        allocated[first : first + PAGE_ENTRIES] = bitarray(map(bool, entries))[: max(0, disk_clusters - first)]
+        here = slice(first, first + PAGE_ENTRIES)
+        allocated[here] = bitarray(map(bool, entries))[: max(0, disk_clusters - first)]
+        zeroes[here] = bitarray(map(ZERO.__eq__, entries))[: max(0, disk_clusters - first)]
     if used.count() != count:
         raise ImageError("damaged QED image: clusters are used twice; 'nbdstream check' tells more")
-    return used, allocated
+    return used, allocated, zeroes
 
 
 def _check_places(places: list[int], header: Header, file_clusters: int) -> None:
