@@ -120,7 +120,7 @@ class DiskStream:
                 undo.callback(discard, bound)
             # Whatever can be refused is refused before the image is opened: opening an image repairs it.
             await _prepare(path, uri, remote, undo, wait=socket is not None)
-            image = await QedImage.open(path, writable=True)
+            image = await QedImage.open(path, writable=True, marked=True)
             undo.push_async_callback(image.close)
             below = None if image.backing_name is None else remote
             overlay = Overlay(image, below)

@@ -138,7 +138,7 @@ async def streamed(server: SourceServer, path: Path, *, cluster_size: int = CLUS
     await source.connect()
     size = round_up(source.size)
     create_file(str(path), size, cluster_size=cluster_size, table_size=4, backing_name=server.uri)
-    image = await QedImage.open(str(path), writable=True)
+    image = await QedImage.open(str(path), writable=True, marked=True)
     try:
         yield Streamed(Overlay(image, source), source, server.disk)
     finally:

@@ -465,6 +465,9 @@ async def test_a_snapshot_follows_a_disk_through_its_life(server: SourceServer, 
         assert stream.snapshot().amounts == (10 * CLUSTER, 10 * CLUSTER, 20 * CLUSTER, 0, 0)
         assert [part.remote for part in stream.map(4)] == [0, 0, 10 * CLUSTER, 10 * CLUSTER]
         assert stream.map(1000) == [*stream.map(40)]
+        await stream.overlay.write(2 * CLUSTER, disk.data[2 * CLUSTER : 3 * CLUSTER])
+        await stream.overlay.write(12 * CLUSTER, bytes(100))
+        assert stream.snapshot().amounts == (11 * CLUSTER, 9 * CLUSTER, 20 * CLUSTER, 0, 2 * CLUSTER)
         await server.stop()
         waiting = asyncio.create_task(stream.overlay.read(30 * CLUSTER, 1))
         while stream.snapshot().state is DiskState.RUNNING or not stream.snapshot().waiting:
@@ -480,7 +483,7 @@ async def test_a_snapshot_follows_a_disk_through_its_life(server: SourceServer, 
         assert [type(event) for event in events] == [SourceLost, SourceBack]
         await stream.step(0, disk.size)
         assert stream.snapshot().state is DiskState.INDEPENDENT
-        assert stream.snapshot().amounts == (30 * CLUSTER, 10 * CLUSTER, 0, 0, 0)
+        assert stream.snapshot().amounts == (31 * CLUSTER, 9 * CLUSTER, 0, 0, 0)
 
 
 async def test_a_job_is_told_that_its_source_is_lost(server: SourceServer, path: str) -> None:

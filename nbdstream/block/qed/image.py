@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nbdstream.block.locks import Sharing, take_locks
 from nbdstream.block.mapping import Mapping
 from nbdstream.block.qed.epochs import Epochs
+from nbdstream.block.qed.marks import AUTOCLEAR_MARKS, Marks
 from nbdstream.block.qed.opening import OpenFile, open_file, write_header
 from nbdstream.block.qed.tables import PAGE_ENTRIES, UNALLOCATED, ZERO, Tables
 from nbdstream.block.worker import Worker, as_os_error, pread_exact, pwrite_all, pwritev_all
@@ -54,6 +56,7 @@ class QedImage:
         """Opened for writing: a bit for each cluster of the disk that was not UNALLOCATED then."""
         self.zeroes: bitarray = file.zeroes
         """The same of those that were ZERO."""
+        self._marks: Marks | None = file.marks
         self._fd = file.fd
         self._space: Space = file.space
         self._tables: Tables = file.tables
@@ -73,15 +76,27 @@ class QedImage:
         self._closed = False
 
     @classmethod
-    async def open(cls, path: str, *, writable: bool = False) -> QedImage:
+    async def open(cls, path: str, *, writable: bool = False, marked: bool = False) -> QedImage:
         """Open an image and take QEMU's locks on it.
+
+        With ``marked``, whoever opens it for writing sets a bit in :attr:`written` for what the guest writes.
 
         Opening for writing makes durable what an earlier owner left in the page cache, and takes back what nothing
         refers to. Raises ImageError, ImageLockedError.
         """
         sharing = Sharing.WRITER if writable else Sharing.READER
-        file = await asyncio.to_thread(open_file, path, lambda fd: take_locks(fd, sharing, path), writable=writable)
+        file = await asyncio.to_thread(
+            open_file, path, lambda fd: take_locks(fd, sharing, path), writable=writable, marked=marked
+        )
         return cls(path, file, read_only=not writable)
+
+    @property
+    def written(self) -> bitarray | None:
+        """Opened with ``marked``, and as long as there is a backing file: the clusters that the guest may have written.
+
+        A bit must be set before the write is begun. There may be more bits than clusters.
+        """
+        return self._marks.bits if self._marks else None
 
     def _map_file(self) -> Mapping:
         """Map the file and the room it may grow into, or as much of that as there is address space for."""
@@ -290,9 +305,14 @@ class QedImage:
     async def forget_backing(self) -> None:
         """Take the backing file's name out of the header, everything else being durable first."""
         await self.settle()
-        header = self.header.without_backing()
+        header = replace(
+            self.header.without_backing(), autoclear_features=self.header.autoclear_features & ~AUTOCLEAR_MARKS
+        )
         await self._barriers.run(write_header, self._fd, header)
         self.header, self.backing_name = header, None
+        if self._marks:
+            self._marks.forget()
+            self._marks = None
 
     async def close(self) -> None:
         """Make everything durable, if that is still possible, and close the file."""
@@ -304,6 +324,8 @@ class QedImage:
                 await self.settle()
                 await self._epochs.close()
                 self.cut()
+                if self._marks:
+                    await self._barriers.run(self._marks.save)
         finally:
             await self._worker.close()
             await self._barriers.close()

@@ -14,6 +14,7 @@ from bitarray.util import zeros
 from nbdstream.block.qed.check import MOST_CLUSTERS
 from nbdstream.block.qed.extension import EXTENSION_BYTES, EXTENSION_OFFSET, Extension
 from nbdstream.block.qed.layout import HEADER_BYTES, Header, decode_backing_name, encode_backing_name
+from nbdstream.block.qed.marks import AUTOCLEAR_MARKS, Marks
 from nbdstream.block.qed.record import AUTOCLEAR_RECORD, Link, Record, read_record
 from nbdstream.block.qed.space import Space
 from nbdstream.block.qed.tables import PAGE_ENTRIES, ZERO, Tables
@@ -36,10 +37,13 @@ class OpenFile(NamedTuple):
     allocated: bitarray
     zeroes: bitarray
     record: Record | None
+    marks: Marks | None
 
 
-def open_file(path: str, lock: Callable[[int], None], *, writable: bool) -> OpenFile:
+def open_file(path: str, lock: Callable[[int], None], *, writable: bool, marked: bool = False) -> OpenFile:
     """Open an image file and look through it. ``lock`` takes the locks, before anything is read.
+
+    Whoever writes and keeps no marks (``marked``) voids those that there are.
 
     Raises ImageError: it cannot be opened, is no QED image, or is damaged.
     """
@@ -48,7 +52,7 @@ def open_file(path: str, lock: Callable[[int], None], *, writable: bool) -> Open
         fd = os.dup(original)
         try:
             lock(fd)
-            return _look_through(fd, path, writable=writable)
+            return _look_through(fd, path, writable=writable, marked=marked)
         except BaseException:
             os.close(fd)
             raise
@@ -81,7 +85,7 @@ def opened(path: str, *, writable: bool = False) -> Iterator[int]:
             os.close(fd)
 
 
-def _look_through(fd: int, path: str, *, writable: bool) -> OpenFile:
+def _look_through(fd: int, path: str, *, writable: bool, marked: bool) -> OpenFile:
     header, extension, backing_name = _read_header(fd)
     if writable:
         if header.needs_check:
@@ -93,18 +97,21 @@ def _look_through(fd: int, path: str, *, writable: bool) -> OpenFile:
         if links:
             raise ImageError(f"{path}: its owner was killed; open it for writing first, as 'nbdstream stream' does")
         whole = Space(header.cluster_size, os.fstat(fd).st_size)
-        return OpenFile(fd, header, extension, backing_name, tables, whole, bitarray(), bitarray(), None)
+        return OpenFile(fd, header, extension, backing_name, tables, whole, bitarray(), bitarray(), None, None)
     if links:
         _replay(fd, header, tables, links)
     used, allocated, zeroes = _scan(fd, header, tables)
     space = Space.of_used(header.cluster_size, used)
     os.ftruncate(fd, space.end)  # the tail that nothing refers to: what a crash left
     record = Record.create(fd, extension.image_uuid) if extension else None
+    uuid = extension.image_uuid if extension else None
+    marks = Marks.open(fd, header, uuid, allocated) if marked and backing_name is not None else None
     # Whatever other autoclear bits promise, we do not keep it.
-    ours = replace(header, autoclear_features=AUTOCLEAR_RECORD if record else 0)
+    kept = (AUTOCLEAR_RECORD if record else 0) | (AUTOCLEAR_MARKS if marks else 0)
+    ours = replace(header, autoclear_features=kept)
     if ours != header:
         write_header(fd, ours)
-    return OpenFile(fd, ours, extension, backing_name, tables, space, allocated, zeroes, record)
+    return OpenFile(fd, ours, extension, backing_name, tables, space, allocated, zeroes, record, marks)
 
 
 def _recorded_links(fd: int, header: Header, extension: Extension | None) -> list[Link]:
