@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from nbdstream.stream.disk import DiskStream
+from nbdstream.stream.source import SourceOptions
 
 __all__ = ["DiskInfo", "DiskStream", "stream_disk", "stream_disk_info"]
 
@@ -52,9 +53,8 @@ async def stream_disk(
 
     Raises :class:`nbdstream.errors.NbdstreamError`; nothing has changed on disk then.
     """
-    return await DiskStream.start(
-        source, overlay, socket=socket, connections=connections, speed=speed, tls_certificates=tls_certificates
-    )
+    options = SourceOptions(connections=connections, tls_certificates=tls_certificates)
+    return await DiskStream.start(source, overlay, socket=socket, options=options, speed=speed)
 
 
 def stream_disk_info(disk: DiskStream) -> DiskInfo:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 from contextlib import AsyncExitStack
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from nbdstream.block.overlay import Overlay
 from nbdstream.block.qed.image import QedImage
@@ -28,7 +28,6 @@ from nbdstream.stream.events import (
     Listeners,
     Operation,
     Progress,
-    SourceBack,
     SourceLost,
     StatusChanged,
 )
@@ -37,9 +36,12 @@ from nbdstream.stream.hydrator import Hydrator
 from nbdstream.stream.job import StreamJob
 from nbdstream.stream.rate import RateMeter
 from nbdstream.stream.snapshot import Amounts, DiskState, Latency, Snapshot, disk_map
-from nbdstream.stream.source import Source, round_up
+from nbdstream.stream.source import Source, SourceOptions, round_up
 from nbdstream.stream.throttle import Throttle
 from nbdstream.uri import NbdUri, UriError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
 
@@ -70,15 +72,17 @@ class DiskStream:
     device = DEVICE
     """What it is called where QMP wants a device."""
 
-    def __init__(self, path: str, overlay: Overlay, server: NbdServer | None, source: Source | None) -> None:
+    def __init__(
+        self, path: str, overlay: Overlay, server: NbdServer | None, hydration: Hydration | None, listeners: Listeners
+    ) -> None:
         self.path = path
         self.overlay = overlay
-        self.listeners = Listeners()
+        self.listeners = listeners
         """Who is told of events."""
         self.job: StreamJob | None = None
         """The job that streams it, if one does."""
         self._server = server
-        self._hydration = Hydration(overlay, source, self.listeners) if source else None
+        self._hydration = hydration
         self._stepping = False
         self._ended = asyncio.Event()
         """Set when it is independent, or never will be."""
@@ -86,8 +90,6 @@ class DiskStream:
         self._read_rate = RateMeter()
         self._write_rate = RateMeter()
         self.listeners.append(self._happened)
-        if source:
-            source.on_change = self._source_changed
         if self.independent:
             self._ended.set()
 
@@ -100,18 +102,21 @@ class DiskStream:
         socket: str | None = None,
         socket_mode: int = 0o600,
         socket_group: str | None = None,
-        connections: int = 4,
+        also: Sequence[str] = (),
+        options: SourceOptions | None = None,
+        moved: bool = False,
         job: bool = True,
         speed: int = 0,
-        tls_certificates: str | None = None,
     ) -> DiskStream:
         """Make or open the overlay, serve it on the unix socket (if given) and, unless ``job`` is false, stream it.
 
+        ``also`` names further sources of the same disk, which are tried in turn where ``source`` is not to be had. With
+        ``moved``, an overlay of another source belongs to this one from now on, if that has what the overlay has.
         ``speed`` limits the job, in bytes a second; 0 does not.
         Raises :class:`NbdstreamError`: nothing is served then, and nothing has changed on disk.
         """
         uri = _parse(source)
-        remote = Source(uri, connections=connections, tls_certificates=tls_certificates)
+        remote = Source(uri, *map(_parse, also), options=options)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(remote.close)
             bound = None
@@ -119,17 +124,24 @@ class DiskStream:
                 bound = bind_unix(socket, mode=socket_mode, group=socket_group)
                 undo.callback(discard, bound)
             # Whatever can be refused is refused before the image is opened: opening an image repairs it.
-            await _prepare(path, uri, remote, undo, wait=socket is not None)
+            made = await _prepare(path, uri, remote, undo, wait=socket is not None and not moved, moved=moved)
             image = await QedImage.open(path, writable=True, marked=True)
             undo.push_async_callback(image.close)
             below = None if image.backing_name is None else remote
             overlay = Overlay(image, below)
+            listeners = Listeners()
+            hydration = Hydration(overlay, below, listeners) if below else None
+            if below and below.connected and not made:
+                await _verify(below, wait=socket is not None and not moved)
+            if moved:
+                await image.change_backing(str(uri.canonical()), remote.size)
+                log.info("%s belongs to %s from now on", path, uri.without_credentials())
             server = None
             if bound:
                 server = NbdServer([Export("", overlay, writable=True)])
                 await server.listen_socket(bound, unlink=True)
             undo.pop_all()
-        disk = cls(path, overlay, server, below)
+        disk = cls(path, overlay, server, hydration, listeners)
         if job and below:
             disk.start_job(speed=speed)
         return disk
@@ -220,16 +232,8 @@ class DiskStream:
             self._ended.set()
         elif isinstance(event, StatusChanged) and event.status is JobStatus.NULL:
             self.job = None
-
-    def _source_changed(self) -> None:
-        assert self._hydration
-        source = self._hydration.source
-        if source.lost_since is None:
-            self.listeners.tell(SourceBack(str(source.uri.without_credentials())))
-            return
-        self.listeners.tell(SourceLost(source.lost_because, source.lost_since))
-        if self.job:
-            self.job.tell_error(Operation.READ, ErrorAction.STOP, source.lost_because)
+        elif isinstance(event, SourceLost) and self.job:
+            self.job.tell_error(Operation.READ, ErrorAction.STOP, event.reason)
 
     def snapshot(self) -> Snapshot:
         """Return what there is to see of the disk now."""
@@ -307,7 +311,7 @@ async def create_overlay(
 ) -> None:
     """Make an overlay of a source, of the size that it says it has. Raises NbdstreamError."""
     uri = _parse(source)
-    remote = Source(uri, connections=1, tls_certificates=tls_certificates)
+    remote = Source(uri, options=SourceOptions(connections=1, tls_certificates=tls_certificates))
     try:
         await remote.connect()
         await asyncio.to_thread(_create, path, uri, remote.size, cluster_size, table_size)
@@ -315,20 +319,27 @@ async def create_overlay(
         await remote.close()
 
 
-async def _prepare(path: str, uri: NbdUri, source: Source, undo: AsyncExitStack, *, wait: bool) -> None:
-    """Make the overlay, or see that the one that exists belongs to this source; connect if it is needed."""
-    if not await asyncio.to_thread(os.path.lexists, path):
+async def _prepare(path: str, uri: NbdUri, source: Source, undo: AsyncExitStack, *, wait: bool, moved: bool) -> bool:
+    """Make the overlay, or see that the one that exists belongs to this source; connect if it is needed.
+
+    Return whether it was made.
+    """
+    if not moved and not await asyncio.to_thread(os.path.lexists, path):
         await source.connect()
         await asyncio.to_thread(_create, path, uri, source.size, DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE)
         undo.callback(os.unlink, path)
-        return
+        return True
     header, extension, backing_name = await asyncio.to_thread(read_header, path)
-    check_origin(path, backing_name or (extension.origin if extension else ""), uri)
+    if moved and backing_name is None:
+        raise ImageError(f"{path} has no source any more that could have moved")
+    if not moved:
+        check_origin(path, backing_name or (extension.origin if extension else ""), uri)
     if backing_name is None:
-        return
+        return False
     remembered = extension.origin_size if extension else 0
     source.expect(remembered if round_up(remembered) == header.image_size else header.image_size)
     await _connect_or_wait(source, wait=wait)
+    return False
 
 
 def check_origin(path: str, origin: str, uri: NbdUri) -> None:
@@ -352,3 +363,13 @@ async def _connect_or_wait(source: Source, *, wait: bool) -> None:
             raise
         log.warning("%s: what is local is served, the rest waits", error)
         source.connect_later(str(error))
+
+
+async def _verify(source: Source, *, wait: bool) -> None:
+    """Compare what is local with the source; with ``wait``, one that does not answer may do so later."""
+    try:
+        await source.verify()
+    except SourceError as error:
+        if not wait or isinstance(error, WrongSourceError):
+            raise
+        log.warning("%s: what is local is served, the rest waits", error)

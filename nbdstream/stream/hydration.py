@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING
 
 from nbdstream.block.qed.tidy import tidy
 from nbdstream.stream.allocation import Survey
-from nbdstream.stream.events import DiskFull, Progress, RoomAgain
+from nbdstream.stream.events import DiskFull, Progress, RoomAgain, SourceBack, SourceLost
 from nbdstream.stream.fetch import Fetches
+from nbdstream.stream.identity import compare
 from nbdstream.stream.rate import RateMeter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nbdstream.block.overlay import Overlay
+    from nbdstream.block.remote.export import RemoteExport
     from nbdstream.stream.events import Listeners
     from nbdstream.stream.source import Source
 
@@ -41,7 +45,11 @@ class Hydration:
         self.listeners = listeners
         self.full_since: float | None = None
         """Since when the disk has no room for what is fetched (``time.time()``), None if it has."""
+        self.on_source_change: Callable[[], None] = lambda: None
+        """Called when the source is lost, and when it is back."""
         self._rate = RateMeter()
+        source.on_change = self._source_changed
+        source.check = self._check
 
     @property
     def hydrated(self) -> bool:
@@ -55,6 +63,22 @@ class Hydration:
         fetched = self.fetches.bytes_fetched
         remote = min(size, self.overlay.remote_count * self.overlay.image.cluster_size)
         return Progress(size - remote, size, self._rate.of(fetched), fetched, self.survey.data_bytes)
+
+    async def _check(self, export: RemoteExport) -> None:
+        """Raise WrongSourceError, or OSError, unless what is local could have come from there."""
+        name = export.uri.without_credentials()
+        if compared := await compare(self.overlay, export):
+            log.info("%s has what the overlay has: %d clusters were compared", name, compared)
+        else:
+            log.warning("%s is taken for the source by its size: there is nothing yet that could be compared", name)
+
+    def _source_changed(self) -> None:
+        source = self.source
+        if source.lost_since is None:
+            self.listeners.tell(SourceBack(str(source.uri.without_credentials())))
+        else:
+            self.listeners.tell(SourceLost(source.lost_because, source.lost_since))
+        self.on_source_change()
 
     def disk_is_full(self) -> None:
         """Note that there was no room for something."""

@@ -46,6 +46,10 @@ _RETRY_SECONDS = 1.0
 """Between attempts when the disk is full, or the source answers with errors."""
 
 
+_GIVEN_BACK = frozenset({errno.ECONNRESET, errno.ECANCELED})
+"""What a fetch fails with that nobody waited for when the source was lost."""
+
+
 class Hydrator:
     """Fetches whatever is remote in a range of the disk until nothing is."""
 
@@ -70,6 +74,7 @@ class Hydrator:
         """Called when something failed and is going to be tried again."""
         self._fetches.on_finished = self._finished
         self._survey.on_progress = self._wake.set
+        hydration.on_source_change = self._wake.set
 
     async def run(self) -> None:
         """Return when no cluster of the range is remote any more. Raises OSError if the image has failed."""
@@ -108,7 +113,8 @@ class Hydrator:
             if self._error is not None:
                 await self._wait_after(self._error)
                 continue
-            delay = 0.0 if self._paused else self._fetch_more()
+            idle = self._paused or not self._hydration.source.connected
+            delay = 0.0 if idle else self._fetch_more()
             if self._image.backlog >= epoch:
                 self._image.nudge()
             if self._image.backlog >= most:
@@ -128,7 +134,8 @@ class Hydrator:
     def _finished(self, fetch: Fetch, error: OSError | None) -> None:
         if error is None and fetch.stored:
             self._hydration.disk_has_room()
-        self._error = error or self._error
+        if error is not None and error.errno not in _GIVEN_BACK and self._hydration.source.connected:
+            self._error = error
         self._wake.set()
 
     async def _wait(self, delay: float) -> None:

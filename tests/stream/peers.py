@@ -17,7 +17,7 @@ from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
 from nbdstream.stream.events import Event, Listeners
 from nbdstream.stream.hydration import Hydration
-from nbdstream.stream.source import Source, round_up
+from nbdstream.stream.source import Source, SourceOptions, round_up
 from nbdstream.uri import NbdUri
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class SourceServer:
             await server.close(0.0)
 
     def source(self, *, connections: int = 1) -> Source:
-        return Source(NbdUri.parse(self.uri), connections=connections)
+        return Source(NbdUri.parse(self.uri), options=SourceOptions(connections=connections))
 
 
 class Streamed:

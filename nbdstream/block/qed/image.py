@@ -17,6 +17,7 @@ from nbdstream.block.mapping import Mapping
 from nbdstream.block.qed.epochs import Epochs
 from nbdstream.block.qed.marks import AUTOCLEAR_MARKS, Marks
 from nbdstream.block.qed.opening import OpenFile, open_file, write_header
+from nbdstream.block.qed.rebase import replace_backing
 from nbdstream.block.qed.tables import PAGE_ENTRIES, UNALLOCATED, ZERO, Tables
 from nbdstream.block.worker import Worker, as_os_error, pread_exact, pwrite_all, pwritev_all
 
@@ -176,6 +177,10 @@ class QedImage:
         await self._worker.run(_warm, self._fd, length, place)
         return view
 
+    async def read(self, place: int, length: int) -> bytes:
+        """Return bytes to be looked at, which those of a view must not be. Raises OSError."""
+        return await self._worker.run(pread_exact, self._fd, length, place)
+
     def write_now(self, place: int, data: Buffer, done: WriteDone) -> bool:
         """Write into a cluster that is allocated, in a batch with others."""
         if self._epochs.failed:
@@ -313,6 +318,13 @@ class QedImage:
         if self._marks:
             self._marks.forget()
             self._marks = None
+
+    async def change_backing(self, name: str, origin_size: int) -> None:
+        """Let the backing file have another name: the source has moved. Raises ImageError if that has no room."""
+        self.header, self.extension = await self._barriers.run(
+            replace_backing, self._fd, self.header, self.extension, name, origin_size
+        )
+        self.backing_name = name
 
     async def close(self) -> None:
         """Make everything durable, if that is still possible, and close the file."""
