@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from nbdstream.stream.disk import DiskStream
+from nbdstream.stream.source import SourceOptions
 
 __all__ = ["DiskInfo", "DiskStream", "stream_disk", "stream_disk_info"]
 
@@ -39,7 +40,7 @@ async def stream_disk(
     *,
     socket: str | None = None,
     connections: int = 4,
-    rate: int | None = None,
+    speed: int = 0,
     tls_certificates: str | None = None,
 ) -> DiskStream:
     """Make or resume ``overlay``, a QED image backed by the NBD URI ``source``, and stream all of it in.
@@ -47,14 +48,13 @@ async def stream_disk(
     The stream runs in the background, on the running event loop (uvloop is much faster than asyncio's own), until it
     is complete or the returned :class:`DiskStream` is closed; ``await disk.wait()`` waits for the first, ``async with``
     does the second. With ``socket`` the disk is served read-write at that unix socket from before anything is fetched.
-    ``rate`` limits what is fetched in the background, in bytes a second. ``tls_certificates`` is the
+    ``speed`` limits what is fetched in the background, in bytes a second; 0 does not. ``tls_certificates`` is the
     directory of ca-cert.pem, client-cert.pem and client-key.pem.
 
     Raises :class:`nbdstream.errors.NbdstreamError`; nothing has changed on disk then.
     """
-    return await DiskStream.start(
-        source, overlay, socket=socket, connections=connections, rate=rate, tls_certificates=tls_certificates
-    )
+    options = SourceOptions(connections=connections, tls_certificates=tls_certificates)
+    return await DiskStream.start(source, overlay, socket=socket, options=options, speed=speed)
 
 
 def stream_disk_info(disk: DiskStream) -> DiskInfo:

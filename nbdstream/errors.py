@@ -27,6 +27,10 @@ class WrongSourceError(SourceError):
     """The source is there, but it is another disk than the one that the overlay belongs to."""
 
 
+class JobError(NbdstreamError):
+    """A job cannot do what it is told in its present state, or its disk cannot have one."""
+
+
 class ListenError(NbdstreamError):
     """The server cannot listen where it was told to: the port or the socket is in use."""
 

@@ -1,4 +1,4 @@
-"""Sizes and rates as people write and read them. Inside nbdstream everything is plain bytes."""
+"""Sizes, rates and times as people write and read them. Inside nbdstream everything is plain bytes and seconds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"([0-9]+)([kmgt]?)", re.IGNORECASE)
+_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(us|ms|s|m|h|)")
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
+_LONGEST = 366 * 86400.0
 _LARGEST = (1 << 63) - 1
 """What an off_t holds; NBD and QED know no larger image either."""
 
@@ -30,6 +33,26 @@ def parse_size(text: str) -> int:
         msg = f"{text[:40]!r} is too large a size: the largest is {_LARGEST} bytes"
         raise SizeError(msg)
     return size
+
+
+class DurationError(ValueError):
+    """A time that cannot be read. The text is one line that names it."""
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds that ``text`` stands for: a number, with us, ms, s (or nothing), m or h behind it.
+
+    Raises :class:`DurationError`.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if not match or not text.isascii():
+        msg = f"{text!r} is not a time: write a number with us, ms, s, m or h behind it"
+        raise DurationError(msg)
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if not 0 < seconds <= _LONGEST:
+        msg = f"{text[:40]!r} is not a time from a microsecond to a year"
+        raise DurationError(msg)
+    return seconds
 
 
 def format_size(size: float) -> str:

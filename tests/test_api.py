@@ -52,7 +52,7 @@ async def test_a_disk_is_streamed_and_told_of(source: str, tmp_path: Path) -> No
 
 async def test_a_disk_is_served_while_it_is_streamed(source: str, tmp_path: Path, directory: str) -> None:
     path = str(tmp_path / "overlay.qed")
-    async with await nbdstream.stream_disk(source, path, socket=f"{directory}/guest", rate=1) as disk:
+    async with await nbdstream.stream_disk(source, path, socket=f"{directory}/guest", speed=1) as disk:
         guest = await RemoteExport.connect(disk.uris[0])
         assert b"".join(await guest.read(1 << 19, 256)) == CONTENT[:256]
         await guest.close()

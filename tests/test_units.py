@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdstream.units import SizeError, format_rate, format_size, parse_size
+from nbdstream.units import DurationError, SizeError, format_rate, format_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,18 @@ def test_rates_are_sizes_per_second() -> None:
 @given(st.integers(0, 1 << 63))
 def test_no_size_is_shown_as_1024_of_a_unit(size: int) -> None:
     assert float(format_size(size).split()[0]) < 1024
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("5ms", 0.005), ("200us", 0.0002), ("1.5s", 1.5), ("30", 30), ("2m", 120), ("1h", 3600), (" 7s ", 7)],
+)
+def test_times_have_units(text: str, seconds: float) -> None:
+    assert parse_duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "5 ms", "ms", "-1s", "0", "0ms", "1e3", "5d", "9999999h", "\u0665s", "1.s"])
+def test_what_is_no_time_is_refused_on_one_line(text: str) -> None:
+    with pytest.raises(DurationError) as error:
+        parse_duration(text)
+    assert "\n" not in str(error.value)

@@ -66,7 +66,11 @@ class Overlay(BlockDevice):
         unallocated may be below."""
         self.remote_count = 0
         """How many bits of ``remote`` are set."""
+        self.zero: bitarray = image.zeroes if below is not None else image.zeroes | ~image.allocated
+        """Opened for writing: the clusters that are known to read as zero and have no data."""
         self._cluster_size = image.cluster_size
+        self.written: bitarray | None = None
+        """While streaming: the clusters that the guest may have written (see :attr:`QedImage.written`)."""
         self._busy: dict[int, asyncio.Future[None]] = {}
 
     # -- reading ----------------------------------------------------------------------------------------------
@@ -157,13 +161,15 @@ class Overlay(BlockDevice):
     def write_now(self, offset: int, data: Buffer, done: WriteDone) -> bool:
         """Take a write into clusters that are allocated, linked, and one behind the other."""
         start = position = -1
-        image = self.image
+        image, written = self.image, self.written
         for cluster, within, count in self._pieces(offset, len(data)):
             entry = image.entry_now(cluster)
             if not entry or entry == ZERO or cluster in self._busy:
                 return False
             if cluster in image.unlinked and cluster not in image.noted:
                 return False
+            if written is not None and not written[cluster]:
+                written[cluster] = 1
             if start < 0:
                 start = position = entry + within
             elif entry != position:
@@ -180,6 +186,7 @@ class Overlay(BlockDevice):
         while view:
             cluster, within = divmod(offset, self._cluster_size)
             whole = self._whole_clusters(offset, len(view))
+            self._mark_written(cluster, cluster + (whole or 1))
             if whole:
                 taken = await self._write_whole(cluster, whole, view)
             else:
@@ -306,6 +313,7 @@ class Overlay(BlockDevice):
             return
         safe = True
         first, behind = offset // self._cluster_size, -(-(offset + length) // self._cluster_size)
+        self._mark_written(first, behind)
         for cluster in range(first, behind):
             entry = await self._settled_entry(cluster)
             if entry > ZERO or (entry == UNALLOCATED and self._is_below(cluster)):
@@ -334,12 +342,18 @@ class Overlay(BlockDevice):
         while (present := self.image.entry_now(cluster)) is None:
             await self.image.load_entry(cluster)
         self._localize(cluster)
+        self.zero[cluster] = entry == ZERO
         self.image.map(cluster, entry, replaced=present if present > ZERO else 0)
 
     def _localize(self, cluster: int) -> None:
         if self.remote is not None and self.remote[cluster]:
             self.remote[cluster] = 0
             self.remote_count -= 1
+
+    def _mark_written(self, first: int, behind: int) -> None:
+        """Note that the guest is about to write to clusters ``first .. behind-1``."""
+        if self.written is not None:
+            self.written[first:behind] = 1
 
     def hold(self, cluster: int) -> AbstractContextManager[None] | None:
         """Keep a cluster as it is until the context ends (see :class:`nbdstream.block.qed.tidy.Guard`)."""
@@ -364,6 +378,13 @@ class Overlay(BlockDevice):
 
     # -- streaming --------------------------------------------------------------------------------------------
 
+    def begin_streaming(self, keeper: Keeper) -> None:
+        """Take all that is unallocated to be remote, and have ``keeper`` keep what is read of it."""
+        self.remote = ~self.image.allocated
+        self.remote_count = self.remote.count()
+        self.keeper = keeper
+        self.written = self.image.written
+
     def adopt(self, cluster: int, place: int, count: int, zero: int) -> None:
         """Take over fetched clusters: those only that are still remote.
 
@@ -376,6 +397,7 @@ class Overlay(BlockDevice):
             stored = wanted and not zero >> index & 1
             if wanted:
                 self._localize(cluster + index)
+                self.zero[cluster + index] = not stored
                 self.image.map(cluster + index, place if stored else ZERO)
             if not stored:
                 self.image.release(place, 1)
@@ -385,11 +407,12 @@ class Overlay(BlockDevice):
         """Note that the source says these clusters read as zero: they need not be fetched, nor allocated."""
         if self.remote is not None:
             self.remote_count -= self.remote.count(1, first, behind)
+            self.zero[first:behind] |= self.remote[first:behind]
             self.remote[first:behind] = 0
 
     def become_independent(self) -> None:
         """Forget what is below. No cluster is remote any more."""
-        self.below = self.keeper = self.remote = None
+        self.below = self.keeper = self.remote = self.written = None
 
     # -- describing -------------------------------------------------------------------------------------------
 

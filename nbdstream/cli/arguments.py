@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from nbdstream.errors import NbdstreamError
-from nbdstream.units import SizeError, parse_size
+from nbdstream.units import DurationError, SizeError, parse_duration, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,37 @@ def size(text: str) -> int:
     try:
         return parse_size(text)
     except SizeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def size_from(least: int) -> Callable[[str], int]:
+    """Return a parser for sizes of at least so many bytes."""
+
+    def parse(text: str) -> int:
+        value = size(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is less than {least} bytes")
+        return value
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    """Parse a time from a tenth of a second to a day."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 86400:  # also False for a NaN
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 86400")
+    return value
+
+
+def duration(text: str) -> float:
+    """Parse a time with its unit: us, ms, s, m or h; seconds without one. Return seconds."""
+    try:
+        return parse_duration(text)
+    except DurationError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 

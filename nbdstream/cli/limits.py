@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, NamedTuple
 
 from nbdstream.cli import arguments
@@ -10,6 +9,7 @@ from nbdstream.server.limits import Limits
 from nbdstream.units import format_size
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
 
 
@@ -23,34 +23,11 @@ class LimitOption(NamedTuple):
     meaning: str
 
 
-def seconds(text: str) -> float:
-    """Parse a time from a tenth of a second to a day."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.1 <= value <= 86400:  # also False for a NaN
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 86400")
-    return value
-
-
-def size_from(least: int) -> Callable[[str], int]:
-    """Return a parser for sizes of at least so many bytes."""
-
-    def parse(text: str) -> int:
-        value = arguments.size(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is less than {least} bytes")
-        return value
-
-    return parse
-
-
 LIMIT_OPTIONS = (
     LimitOption(
         "--handshake-timeout",
         "handshake_time",
-        seconds,
+        arguments.seconds,
         "SECONDS",
         "drop a client that has not opened an export by then, TLS included",
     ),
@@ -65,7 +42,7 @@ LIMIT_OPTIONS = (
     LimitOption(
         "--max-option-length",
         "option_length",
-        size_from(8 << 10),
+        arguments.size_from(8 << 10),
         "BYTES",
         "data of one option of a handshake; longer ones are refused",
     ),
@@ -76,21 +53,21 @@ LIMIT_OPTIONS = (
     LimitOption(
         "--max-bytes-in-flight",
         "bytes_in_flight",
-        size_from(1 << 20),
+        arguments.size_from(1 << 20),
         "BYTES",
         "payload of requests in flight per connection",
     ),
     LimitOption(
         "--max-reply-backlog",
         "reply_backlog",
-        size_from(64 << 10),
+        arguments.size_from(64 << 10),
         "BYTES",
         "replies per connection that its client has not taken yet",
     ),
     LimitOption(
         "--linger-timeout",
         "linger_time",
-        seconds,
+        arguments.seconds,
         "SECONDS",
         "at its end, cut off a client that has not taken its last replies by then",
     ),

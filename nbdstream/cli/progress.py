@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
-from nbdstream.stream.job import Progress
+from nbdstream.stream.events import Progress
 
 Reporter: TypeAlias = Callable[[Callable[[], Progress]], Coroutine[Any, Any, None]]
 

@@ -11,23 +11,24 @@ exit codes:
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
-from typing import TYPE_CHECKING
 
+from nbdstream.block.remote.export import DEFAULT_MEMORY, DEFAULT_STALL_SECONDS
 from nbdstream.cli import arguments
 from nbdstream.cli.progress import Reporter, bar, json_lines
 from nbdstream.cli.running import either, stop_signals
 from nbdstream.service import notify
 from nbdstream.stream.disk import DiskStream
+from nbdstream.stream.source import SourceOptions
 from nbdstream.units import format_size
-
-if TYPE_CHECKING:
-    import argparse
 
 log = logging.getLogger(__name__)
 
 _STOPPED_EARLY = 3
+_LEAST_MEMORY = 1 << 20
+"""A fetch asks for so much at most."""
 _REPORTS: dict[str, Reporter] = {"bar": bar, "json": json_lines}
 
 
@@ -45,7 +46,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="connections to the source, if it allows several (default: 4)",
     )
     parser.add_argument(
-        "--rate", type=arguments.size, metavar="BYTES", help="fetch at most so much per second in the background"
+        "--rate",
+        type=arguments.size,
+        default=0,
+        metavar="BYTES",
+        help="fetch at most so much per second in the background (default: no limit)",
+    )
+    parser.add_argument(
+        "--no-job", dest="job", action="store_false", help="serve, but stream nothing before somebody asks for it"
+    )
+    parser.add_argument(
+        "--memory",
+        type=arguments.size_from(_LEAST_MEMORY),
+        default=DEFAULT_MEMORY,
+        metavar="BYTES",
+        help=f"for what is on its way from the source (default: {format_size(DEFAULT_MEMORY)})",
+    )
+    lost = parser.add_argument_group("when the source goes away")
+    lost.add_argument(
+        "--on-source-loss",
+        type=_policy,
+        metavar="hold[=TIME]|eio",
+        help="what becomes of requests for what is not local: they wait until it is back (default), or for so long "
+        "and fail then, or fail at once",
+    )
+    lost.add_argument(
+        "--source-timeout",
+        type=arguments.seconds,
+        default=DEFAULT_STALL_SECONDS,
+        metavar="SECONDS",
+        help=f"give up a connection on which an answer is overdue for so long (default: {DEFAULT_STALL_SECONDS:g})",
+    )
+    lost.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="another server of the same disk, to be used while SOURCE is not to be had; may be given several times",
+    )
+    lost.add_argument(
+        "--rebase",
+        action="store_true",
+        help="OVERLAY is one of another source, which has moved for good: take over SOURCE in its place",
     )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("-p", dest="progress", action="store_const", const="bar", help="the same as --progress bar")
@@ -54,10 +96,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_socket_access(parser)
 
 
+def _source_options(options: argparse.Namespace) -> SourceOptions:
+    return SourceOptions(
+        connections=options.connections,
+        tls_certificates=options.tls_certificates,
+        stall=options.source_timeout,
+        memory=options.memory,
+        hold=options.on_source_loss,
+    )
+
+
 async def run(options: argparse.Namespace) -> int:
     """Stream, and serve until told to stop."""
-    if options.rate == 0:
-        options.rate = None
     with stop_signals() as stop:
         disk = await DiskStream.start(
             options.source,
@@ -65,9 +115,11 @@ async def run(options: argparse.Namespace) -> int:
             socket=options.unix,
             socket_mode=options.socket_mode,
             socket_group=options.socket_group,
-            connections=options.connections,
-            rate=options.rate,
-            tls_certificates=options.tls_certificates,
+            also=options.also,
+            options=_source_options(options),
+            moved=options.rebase,
+            job=options.job,
+            speed=options.rate,
         )
         try:
             for uri in disk.uris:
@@ -83,6 +135,16 @@ async def run(options: argparse.Namespace) -> int:
     if not finished:
         log.warning("stopped before %s was independent: the same command resumes it", options.overlay)
     return 0 if finished else _STOPPED_EARLY
+
+
+def _policy(text: str) -> float | None:
+    """Return for how many seconds requests are held, None for ever."""
+    if text in ("hold", "eio"):
+        return None if text == "hold" else 0.0
+    name, _, time = text.partition("=")
+    if name != "hold":
+        raise argparse.ArgumentTypeError(f"{text!r} is not a policy: say hold, hold=TIME or eio")
+    return arguments.duration(time)
 
 
 async def _stream(disk: DiskStream, stop: asyncio.Event, report: str | None) -> bool:

@@ -38,31 +38,47 @@ class Survey:
         self.done = False
         self.on_progress: Callable[[], None] = lambda: None
 
-    async def run(self) -> None:
-        """Ask until the end; a source that answers with an error is asked again. Raises OSError if it is closed."""
-        end = self._source.size
-        while self.position < end:
-            try:
-                extents = await self._source.extents(self.position, end - self.position)
-            except OSError as error:
-                if error.errno == errno.ECANCELED:
-                    raise
-                log.error("the source does not say what it has allocated (%s): it is asked again", error.strerror)
-                await asyncio.sleep(_RETRY_SECONDS)
-                continue
-            for extent in extents:
-                zero = bool(extent.flags & ExtentFlags.ZERO)
-                if not zero:
-                    self._end_of_zeroes(extent.offset)
-                    self.data_bytes += extent.length
-                elif self._zero_from is None:
-                    self._zero_from = extent.offset
-                self.position = extent.end
-            self._zeroes_so_far()
-            self.on_progress()
-            await asyncio.sleep(0)
+    def covers(self, end: int) -> bool:
+        """Whether all is known of the source up to a position."""
+        return self.done or self.position >= end
+
+    async def run(self, until: int | None = None) -> None:
+        """Go on up to a position, or to the end; a source that answers with an error is asked again.
+
+        It may be cancelled and run again. Raises OSError if the source is closed.
+        """
+        until = self._overlay.size if until is None else until
+        while not self.done and self.position <= until:
+            if self.position >= self._source.size:
+                self._finish()
+            elif self.position == until:
+                return
+            else:
+                await self._go_on()
+
+    async def _go_on(self) -> None:
+        try:
+            extents = await self._source.extents(self.position, self._source.size - self.position)
+        except OSError as error:
+            if error.errno == errno.ECANCELED:
+                raise
+            log.error("the source does not say what it has allocated (%s): it is asked again", error.strerror)
+            await asyncio.sleep(_RETRY_SECONDS)
+            return
+        for extent in extents:
+            if not extent.flags & ExtentFlags.ZERO:
+                self._end_of_zeroes(extent.offset)
+                self.data_bytes += extent.length
+            elif self._zero_from is None:
+                self._zero_from = extent.offset
+            self.position = extent.end
+        self._zeroes_so_far()
+        self.on_progress()
+        await asyncio.sleep(0)
+
+    def _finish(self) -> None:
         if self._zero_from is None:
-            self._zero_from = end
+            self._zero_from = self._source.size
         self._end_of_zeroes(self._overlay.size)  # behind the source's end there is nothing but zeroes
         self.position = self._overlay.size
         self.done = True

@@ -10,37 +10,88 @@ import asyncio
 import logging
 import os
 from contextlib import AsyncExitStack
-from typing import Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from nbdstream.block.overlay import Overlay
 from nbdstream.block.qed.image import QedImage
 from nbdstream.block.qed.layout import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
 from nbdstream.block.qed.opening import create_file, read_header
-from nbdstream.errors import ImageError, NbdstreamError, SourceError, WrongSourceError
+from nbdstream.errors import ImageError, JobError, NbdstreamError, SourceError, WrongSourceError
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
 from nbdstream.server.sockets import bind_unix, discard
-from nbdstream.stream.job import Progress, StreamJob
-from nbdstream.stream.source import Source, round_up
+from nbdstream.stream.events import (
+    Completed,
+    ErrorAction,
+    Event,
+    JobStatus,
+    Listeners,
+    Operation,
+    Progress,
+    SourceLost,
+    StatusChanged,
+)
+from nbdstream.stream.hydration import Hydration
+from nbdstream.stream.hydrator import Hydrator
+from nbdstream.stream.job import StreamJob
+from nbdstream.stream.rate import RateMeter
+from nbdstream.stream.snapshot import Amounts, DiskState, Latency, Snapshot, disk_map
+from nbdstream.stream.source import Source, SourceOptions, round_up
+from nbdstream.stream.throttle import Throttle
 from nbdstream.uri import NbdUri, UriError
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 log = logging.getLogger(__name__)
+
+DEVICE = "disk0"
+"""What the disk is called where QMP wants a device: there is one."""
+
+DEFAULT_STEP_BYTES = 16 << 20
+"""Of an increment: what the hydrator has in flight, so that a line is filled for most of the time; and less than a
+second's work on any line that can carry a guest's disk, so that whoever goes step by step stays in control."""
 
 _DRAIN_SECONDS = 10.0
 _DRAIN_SECONDS_WITHOUT_SOURCE = 1.0
 """What waits for a lost source will not be answered in this process; what is local is answered at once."""
 
 
+class StepResult(NamedTuple):
+    """What one increment of a stream came to."""
+
+    next_offset: int
+    """Where to go on: the next remote cluster behind the increment, or else the first one of the disk. In bytes."""
+    finished: bool
+    """Whether that was the last one: the overlay is independent, and ``next_offset`` is the disk's size."""
+
+
 class DiskStream:
     """One overlay, being served and streamed. Use :meth:`start`."""
 
-    def __init__(self, path: str, overlay: Overlay, server: NbdServer | None, source: Source | None) -> None:
+    device = DEVICE
+    """What it is called where QMP wants a device."""
+
+    def __init__(
+        self, path: str, overlay: Overlay, server: NbdServer | None, hydration: Hydration | None, listeners: Listeners
+    ) -> None:
         self.path = path
         self.overlay = overlay
+        self.listeners = listeners
+        """Who is told of events."""
+        self.job: StreamJob | None = None
+        """The job that streams it, if one does."""
         self._server = server
-        self._source = source
-        self._job: StreamJob | None = None
-        self._running: asyncio.Task[None] | None = None
+        self._hydration = hydration
+        self._stepping = False
+        self._ended = asyncio.Event()
+        """Set when it is independent, or never will be."""
+        self._error = ""
+        self._read_rate = RateMeter()
+        self._write_rate = RateMeter()
+        self.listeners.append(self._happened)
+        if self.independent:
+            self._ended.set()
 
     @classmethod
     async def start(
@@ -51,16 +102,21 @@ class DiskStream:
         socket: str | None = None,
         socket_mode: int = 0o600,
         socket_group: str | None = None,
-        connections: int = 4,
-        rate: int | None = None,
-        tls_certificates: str | None = None,
+        also: Sequence[str] = (),
+        options: SourceOptions | None = None,
+        moved: bool = False,
+        job: bool = True,
+        speed: int = 0,
     ) -> DiskStream:
-        """Make or open the overlay, serve it on the unix socket (if given) and begin to stream.
+        """Make or open the overlay, serve it on the unix socket (if given) and, unless ``job`` is false, stream it.
 
+        ``also`` names further sources of the same disk, which are tried in turn where ``source`` is not to be had. With
+        ``moved``, an overlay of another source belongs to this one from now on, if that has what the overlay has.
+        ``speed`` limits the job, in bytes a second; 0 does not.
         Raises :class:`NbdstreamError`: nothing is served then, and nothing has changed on disk.
         """
         uri = _parse(source)
-        remote = Source(uri, connections=connections, tls_certificates=tls_certificates)
+        remote = Source(uri, *map(_parse, also), options=options)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(remote.close)
             bound = None
@@ -68,24 +124,27 @@ class DiskStream:
                 bound = bind_unix(socket, mode=socket_mode, group=socket_group)
                 undo.callback(discard, bound)
             # Whatever can be refused is refused before the image is opened: opening an image repairs it.
-            await _prepare(path, uri, remote, undo, wait=socket is not None)
-            image = await QedImage.open(path, writable=True)
+            made = await _prepare(path, uri, remote, undo, wait=socket is not None and not moved, moved=moved)
+            image = await QedImage.open(path, writable=True, marked=True)
             undo.push_async_callback(image.close)
             below = None if image.backing_name is None else remote
             overlay = Overlay(image, below)
+            listeners = Listeners()
+            hydration = Hydration(overlay, below, listeners) if below else None
+            if below and below.connected and not made:
+                await _verify(below, wait=socket is not None and not moved)
+            if moved:
+                await image.change_backing(str(uri.canonical()), remote.size)
+                log.info("%s belongs to %s from now on", path, uri.without_credentials())
             server = None
             if bound:
                 server = NbdServer([Export("", overlay, writable=True)])
                 await server.listen_socket(bound, unlink=True)
             undo.pop_all()
-        disk = cls(path, overlay, server, below)
-        disk._begin(rate)
+        disk = cls(path, overlay, server, hydration, listeners)
+        if job and below:
+            disk.start_job(speed=speed)
         return disk
-
-    def _begin(self, rate: int | None) -> None:
-        if self._source:
-            self._job = StreamJob(self.overlay, self._source, rate=rate)
-            self._running = asyncio.get_running_loop().create_task(self._job.run())
 
     @property
     def independent(self) -> bool:
@@ -95,8 +154,8 @@ class DiskStream:
     @property
     def progress(self) -> Progress:
         """How far the stream has come."""
-        if self._job:
-            return self._job.progress
+        if self._hydration:
+            return self._hydration.progress
         return Progress(self.overlay.size, self.overlay.size, 0.0, 0, 0)
 
     @property
@@ -104,13 +163,108 @@ class DiskStream:
         """Where the guest finds its disk."""
         return self._server.uris if self._server else []
 
+    # -- streaming ----------------------------------------------------------------------------------------------
+
+    def start_job(self, *, job_id: str = DEVICE, speed: int = 0) -> StreamJob:
+        """Begin to stream all of the disk, or what is left of it. Raises JobError if something streams it already."""
+        self.job = StreamJob(job_id, self._free_hydration(), speed=speed)
+        self.job.start()
+        return self.job
+
+    async def step(self, offset: int = 0, length: int = DEFAULT_STEP_BYTES) -> StepResult:
+        """Make the clusters local that lie in a range (those that are in it only in part, too), and say where to go on.
+
+        The last increment makes the overlay independent, wherever the first one began. Raises JobError if something
+        streams the disk already, or if it fails; ValueError for a range that is not one of the disk.
+        """
+        size = self.overlay.size
+        if not (0 <= offset <= size and length > 0):
+            raise ValueError(
+                f"offset {offset}, length {length}: the disk has {size} bytes, and an increment is at least 1 byte"
+            )
+        if self.independent:
+            return StepResult(size, True)
+        hydration = self._free_hydration()
+        self._stepping = True
+        try:
+            await self._hydrate(hydration, offset, min(offset + length, size))
+        except* OSError as errors:
+            raise JobError(f"{self.path}: streaming failed: {errors.exceptions[0]}") from errors
+        finally:
+            self._stepping = False
+        return StepResult(self._next_remote(offset + length), self.independent)
+
+    async def _hydrate(self, hydration: Hydration, offset: int, end: int) -> None:
+        cluster_size = self.overlay.image.cluster_size
+        await Hydrator(hydration, Throttle(), offset // cluster_size, -(-end // cluster_size)).run()
+        await self.overlay.image.linked()
+        if hydration.hydrated:
+            await hydration.complete()
+            self._ended.set()
+
+    def _next_remote(self, offset: int) -> int:
+        remote = self.overlay.remote
+        if remote is None:
+            return self.overlay.size
+        cluster_size = self.overlay.image.cluster_size
+        cluster = remote.find(1, min(-(-offset // cluster_size), len(remote)))
+        return max(cluster, remote.find(1), 0) * cluster_size
+
+    def _free_hydration(self) -> Hydration:
+        if self._hydration is None or self.independent:
+            raise JobError(f"{self.path} is independent: there is nothing to stream")
+        if self.job or self._stepping:
+            raise JobError(f"{self.device} is being streamed already")
+        return self._hydration
+
     async def wait(self) -> None:
         """Wait until the overlay is independent and durable. Raises NbdstreamError if that cannot be."""
-        if self._running:
-            try:
-                await asyncio.shield(self._running)
-            except* OSError as errors:
-                raise NbdstreamError(f"{self.path}: streaming failed: {errors.exceptions[0]}") from errors
+        await self._ended.wait()
+        if self._error:
+            raise NbdstreamError(f"{self.path}: streaming failed: {self._error}")
+
+    # -- telling ----------------------------------------------------------------------------------------------
+
+    def _happened(self, event: Event) -> None:
+        """Follow the job."""
+        if isinstance(event, Completed):
+            self._error = event.error
+            self._ended.set()
+        elif isinstance(event, StatusChanged) and event.status is JobStatus.NULL:
+            self.job = None
+        elif isinstance(event, SourceLost) and self.job:
+            self.job.tell_error(Operation.READ, ErrorAction.STOP, event.reason)
+
+    def snapshot(self) -> Snapshot:
+        """Return what there is to see of the disk now."""
+        source = None if self.independent or not self._hydration else self._hydration.source
+        exports = self._server.exports if self._server else []
+        return Snapshot(
+            device=self.device,
+            path=self.path,
+            state=self._state(source),
+            reason=source.lost_because if source and source.lost_since else "",
+            since=source.lost_since if source else None,
+            full_since=self._hydration.full_since if self._hydration else None,
+            source=str(source.uri.without_credentials()) if source else "",
+            waiting=self._hydration.fetches.waiting if self._hydration else 0,
+            fetch_rate=self.progress.rate,
+            read_rate=self._read_rate.of(sum(export.bytes_read for export in exports)),
+            write_rate=self._write_rate.of(sum(export.bytes_written for export in exports)),
+            latency=Latency(0, 0.0, 0.0),
+            remote_latency=Latency(0, 0.0, 0.0),
+            amounts=self.map(1)[0],
+        )
+
+    def _state(self, source: Source | None) -> DiskState:
+        if source is None:
+            return DiskState.INDEPENDENT
+        return DiskState.RUNNING if source.lost_since is None else DiskState.DEGRADED
+
+    def map(self, columns: int) -> list[Amounts]:
+        """Return what the disk consists of, from its start to its end, in at most so many parts of the same length."""
+        in_flight = self._hydration.fetches.in_flight_clusters if self._hydration else []
+        return disk_map(self.overlay, in_flight, columns)
 
     async def __aenter__(self) -> Self:
         return self
@@ -123,14 +277,14 @@ class DiskStream:
 
         Requests that wait for a lost source are never answered: their connections are closed.
         """
+        source = self._hydration.source if self._hydration else None
         if self._server:
-            lost = self._source is not None and not self.independent and not self._source.connected
+            lost = source is not None and not self.independent and not source.connected
             await self._server.close(_DRAIN_SECONDS_WITHOUT_SOURCE if lost else _DRAIN_SECONDS)
-        if self._running and not self._running.done():
-            self._running.cancel()
-            await asyncio.wait([self._running])
-        if self._source:
-            await self._source.close()
+        if self.job:
+            await self.job.abandon()
+        if source:
+            await source.close()
         await self.overlay.close()
 
 
@@ -157,7 +311,7 @@ async def create_overlay(
 ) -> None:
     """Make an overlay of a source, of the size that it says it has. Raises NbdstreamError."""
     uri = _parse(source)
-    remote = Source(uri, connections=1, tls_certificates=tls_certificates)
+    remote = Source(uri, options=SourceOptions(connections=1, tls_certificates=tls_certificates))
     try:
         await remote.connect()
         await asyncio.to_thread(_create, path, uri, remote.size, cluster_size, table_size)
@@ -165,21 +319,28 @@ async def create_overlay(
         await remote.close()
 
 
-async def _prepare(path: str, uri: NbdUri, source: Source, undo: AsyncExitStack, *, wait: bool) -> None:
-    """Make the overlay, or see that the one that exists belongs to this source; connect if it is needed."""
-    if not await asyncio.to_thread(os.path.lexists, path):
+async def _prepare(path: str, uri: NbdUri, source: Source, undo: AsyncExitStack, *, wait: bool, moved: bool) -> bool:
+    """Make the overlay, or see that the one that exists belongs to this source; connect if it is needed.
+
+    Return whether it was made.
+    """
+    if not moved and not await asyncio.to_thread(os.path.lexists, path):
         await source.connect()
         await asyncio.to_thread(_create, path, uri, source.size, DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE)
         undo.callback(os.unlink, path)
-        return
+        return True
     header, extension, backing_name = await asyncio.to_thread(read_header, path)
-    check_origin(path, backing_name or (extension.origin if extension else ""), uri)
+    if moved and backing_name is None:
+        raise ImageError(f"{path} has no source any more that could have moved")
+    if not moved:
+        check_origin(path, backing_name or (extension.origin if extension else ""), uri)
     if backing_name is None:
-        return
+        return False
     remembered = extension.origin_size if extension else 0
     # Less than the overlay's own size where that has grown since.
     source.expect(remembered if 0 < remembered <= header.image_size else header.image_size)
     await _connect_or_wait(source, wait=wait)
+    return False
 
 
 def check_origin(path: str, origin: str, uri: NbdUri) -> None:
@@ -203,3 +364,13 @@ async def _connect_or_wait(source: Source, *, wait: bool) -> None:
             raise
         log.warning("%s: what is local is served, the rest waits", error)
         source.connect_later(str(error))
+
+
+async def _verify(source: Source, *, wait: bool) -> None:
+    """Compare what is local with the source; with ``wait``, one that does not answer may do so later."""
+    try:
+        await source.verify()
+    except SourceError as error:
+        if not wait or isinstance(error, WrongSourceError):
+            raise
+        log.warning("%s: what is local is served, the rest waits", error)

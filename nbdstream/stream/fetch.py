@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nbdstream.block.overlay import Overlay
-    from nbdstream.stream.source import Source
+    from nbdstream.stream.source import Request, Source
 
 _LONGEST_FETCH = 1 << 20
 """Bytes that one fetch asks for at most: a guest's read waits behind those that are on the line."""
@@ -24,13 +24,17 @@ _LONGEST_FETCH = 1 << 20
 class Fetch:
     """Clusters ``first .. behind-1`` on their way to ``place`` in the file."""
 
-    __slots__ = ("behind", "first", "length", "place", "waiters")
+    __slots__ = ("behind", "first", "length", "place", "request", "stored", "waiters")
+
+    request: Request
 
     def __init__(self, first: int, behind: int, place: int, length: int) -> None:
         self.first = first
         self.behind = behind
         self.place = place
         self.length = length
+        self.stored = False
+        """Whether any of it was written to the file: it is there, and not all zero."""
         self.waiters: list[asyncio.Future[OSError | None]] = []
 
 
@@ -44,24 +48,33 @@ class Fetches:
         self._cluster_size = overlay.image.cluster_size
         self._in_flight: dict[int, Fetch] = {}
         self.bytes_in_flight = 0
+        self.waiting = 0
+        """How many wait for a fetch now."""
         self.last_wanted = -math.inf
         """When somebody last had to wait for a fetch, by the loop's clock."""
         self.bytes_fetched = 0
         """What came over the connection, in bytes."""
-        self.on_finished: Callable[[OSError | None], None] = lambda _error: None
+        self.on_finished: Callable[[Fetch, OSError | None], None] = lambda _fetch, _error: None
         """Called when a fetch ended, with what went wrong."""
 
     async def keep(self, first: int, behind: int) -> None:
         """Make clusters local for somebody who waits. Returns without, where the disk is full.
 
-        Raises OSError if the source answers with an error.
+        Raises OSError if the source answers with an error, or is away for too long.
         """
-        waiting = [self._join(fetch) for fetch in self._needed(first, behind)]
-        if waiting:
+        while waiting := [self._join(fetch) for fetch in self._needed(first, behind)]:
             self.last_wanted = asyncio.get_running_loop().time()
-        for error in await asyncio.gather(*waiting) if waiting else ():
-            if error is not None and error.errno != errno.ENOSPC and self._is_remote(first, behind):
-                raise OSError(error.errno, error.strerror)
+            self.waiting += 1
+            try:
+                errors = await asyncio.gather(*waiting)
+            finally:
+                self.waiting -= 1
+            if any(error is not None and error.errno == errno.ECONNRESET for error in errors):
+                continue  # nobody had waited for it when the source was lost: ask as somebody who does
+            for error in errors:
+                if error is not None and error.errno != errno.ENOSPC and self._is_remote(first, behind):
+                    raise OSError(error.errno, error.strerror)
+            return
 
     def _is_remote(self, first: int, behind: int) -> bool:
         remote = self._overlay.remote
@@ -80,11 +93,17 @@ class Fetches:
     def _join(self, fetch: Fetch) -> asyncio.Future[OSError | None]:
         waiter: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
         fetch.waiters.append(waiter)
+        self._source.hurry(fetch.request)
         return waiter
 
     def is_in_flight(self, cluster: int) -> bool:
         """Whether a cluster is being fetched."""
         return cluster in self._in_flight
+
+    @property
+    def in_flight_clusters(self) -> list[int]:
+        """Which clusters are being fetched, sorted."""
+        return sorted(self._in_flight)
 
     def begin(self, first: int, most: int, *, urgent: bool = False) -> Fetch:
         """Begin to fetch ``first``, which is remote and not in flight, with the like behind it: ``most`` at most."""
@@ -95,7 +114,7 @@ class Fetches:
         fetch = Fetch(first, first + count, place, length)
         self._in_flight.update(dict.fromkeys(range(first, fetch.behind), fetch))
         self.bytes_in_flight += length
-        self._source.copy_soon(
+        fetch.request = self._source.copy_soon(
             offset,
             length,
             self._image.fd,
@@ -103,6 +122,7 @@ class Fetches:
             lambda zero, error: self._copied(fetch, zero, error),
             zero_unit=self._cluster_size,
             urgent=urgent,
+            wanted=lambda: urgent or bool(fetch.waiters),
         )
         return fetch
 
@@ -131,11 +151,14 @@ class Fetches:
             del self._in_flight[cluster]
         self.bytes_in_flight -= fetch.length
         count = fetch.behind - fetch.first
-        if error is None:
-            self._overlay.adopt(fetch.first, fetch.place, count, zero)
-        else:
-            self._image.release(fetch.place, count)
-        for waiter in fetch.waiters:
-            if not waiter.done():
-                waiter.set_result(error)
-        self.on_finished(error)
+        try:
+            if error is None:
+                fetch.stored = zero != (1 << count) - 1
+                self._overlay.adopt(fetch.first, fetch.place, count, zero)
+            else:
+                self._image.release(fetch.place, count)
+        finally:  # whatever happens, nobody waits for ever
+            for waiter in fetch.waiters:
+                if not waiter.done():
+                    waiter.set_result(error)
+            self.on_finished(fetch, error)

@@ -1,7 +1,7 @@
 """The hydrator: what to ask for next, and how much of it may be undurable.
 
-It goes through the disk from the start to the end, as long as anything is remote, and keeps a fixed number of bytes in
-flight. What a guest wants is fetched by whoever wants it, past the hydrator.
+It goes through its range from the start to the end, as long as anything there is remote, and keeps a fixed number of
+bytes in flight. What a guest wants is fetched by whoever wants it, past the hydrator.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nbdstream.block.overlay import Overlay
-    from nbdstream.stream.allocation import Survey
-    from nbdstream.stream.fetch import Fetches
+    from collections.abc import Callable
+
+    from nbdstream.stream.fetch import Fetch
+    from nbdstream.stream.hydration import Hydration
     from nbdstream.stream.throttle import Throttle
 
 log = logging.getLogger(__name__)
@@ -45,34 +46,75 @@ _RETRY_SECONDS = 1.0
 """Between attempts when the disk is full, or the source answers with errors."""
 
 
-class Hydrator:
-    """Fetches whatever is remote until nothing is."""
+_GIVEN_BACK = frozenset({errno.ECONNRESET, errno.ECANCELED})
+"""What a fetch fails with that nobody waited for when the source was lost."""
 
-    def __init__(self, overlay: Overlay, fetches: Fetches, survey: Survey, throttle: Throttle) -> None:
-        self._overlay = overlay
-        self._image = overlay.image
-        self._fetches = fetches
-        self._survey = survey
+
+class Hydrator:
+    """Fetches whatever is remote in a range of the disk until nothing is."""
+
+    def __init__(self, hydration: Hydration, throttle: Throttle, first: int = 0, behind: int | None = None) -> None:
+        """Work on clusters ``first .. behind-1``, or up to the end. One hydrator at a time works on an overlay."""
+        self._hydration = hydration
+        self._overlay = hydration.overlay
+        self._image = hydration.overlay.image
+        self._fetches = hydration.fetches
+        self._survey = hydration.survey
         self._throttle = throttle
-        self._cursor = 0
+        clusters = -(-self._overlay.size // self._image.cluster_size)
+        self._first = self._cursor = first
+        self._behind = clusters if behind is None else min(behind, clusters)
+        self._end = min(self._behind * self._image.cluster_size, self._overlay.size)
+        self._whole = (self._first, self._behind) == (0, clusters)
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
+        self._paused = False
         self._error: OSError | None = None
-        fetches.on_finished = self._finished
-        survey.on_progress = self._wake.set
+        self.on_error: Callable[[OSError], None] = lambda _error: None
+        """Called when something failed and is going to be tried again."""
+        self._fetches.on_finished = self._finished
+        self._survey.on_progress = self._wake.set
+        hydration.on_source_change = self._wake.set
 
     async def run(self) -> None:
-        """Return when no cluster is remote any more. Raises OSError if the image has failed."""
+        """Return when no cluster of the range is remote any more. Raises OSError if the image has failed."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._survey.run(self._end))
+            tasks.create_task(self._hydrate())
+
+    def pause(self) -> None:
+        """Begin nothing more until :meth:`resume`. What is in flight comes to its end."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on."""
+        self._paused = False
+        self._wake.set()
+
+    def look(self) -> None:
+        """Look around now: the rate limit is another one."""
+        self._wake.set()
+
+    @property
+    def _is_done(self) -> bool:
+        if self._paused or not self._survey.covers(self._end):
+            return False
+        if self._whole:
+            return self._overlay.remote_count == 0
+        return self._overlay.remote is None or self._overlay.remote.find(1, self._first, self._behind) < 0
+
+    async def _hydrate(self) -> None:
         epoch = _EPOCH_BYTES // self._image.cluster_size or 1
         most = _MOST_UNDURABLE // self._image.cluster_size or 1
-        while not (self._survey.done and self._overlay.remote_count == 0):
+        while not self._is_done:
             self._wake.clear()
             if self._image.failed:
                 raise self._image.failed
             if self._error is not None:
                 await self._wait_after(self._error)
                 continue
-            delay = self._fetch_more()
+            idle = self._paused or not self._hydration.source.connected
+            delay = 0.0 if idle else self._fetch_more()
             if self._image.backlog >= epoch:
                 self._image.nudge()
             if self._image.backlog >= most:
@@ -89,26 +131,30 @@ class Hydrator:
                 raise
             self._error = error  # no room for a table
 
-    def _finished(self, error: OSError | None) -> None:
-        self._error = error or self._error
+    def _finished(self, fetch: Fetch, error: OSError | None) -> None:
+        if error is None and fetch.stored:
+            self._hydration.disk_has_room()
+        if error is not None and error.errno not in _GIVEN_BACK and self._hydration.source.connected:
+            self._error = error
         self._wake.set()
 
     async def _wait(self, delay: float) -> None:
         """Wait until a fetch is finished, more is known of the source, or ``delay`` seconds have gone.
 
-        With a ``delay`` of 0 it is a second: nobody tells when a guest has overwritten the last remote cluster.
+        A second at most: nobody tells when a guest has overwritten the last remote cluster.
         """
         try:
-            async with asyncio.timeout(delay or _LOOK_SECONDS):
+            async with asyncio.timeout(min(delay or _LOOK_SECONDS, _LOOK_SECONDS)):
                 await self._wake.wait()
         except TimeoutError:
             pass
 
     async def _wait_after(self, error: OSError) -> None:
         if error.errno == errno.ENOSPC:
-            log.error("the disk is full: streaming goes on when there is room")
+            self._hydration.disk_is_full()
         else:
             log.error("fetching fails (%s): it is tried again", error.strerror or error)
+        self.on_error(error)
         await asyncio.sleep(_RETRY_SECONDS)
         self._error = None
 
@@ -123,7 +169,7 @@ class Hydrator:
             cluster = self._next()
             if cluster is None:
                 break
-            fetch = self._fetches.begin(cluster, count)
+            fetch = self._fetches.begin(cluster, min(count, self._behind - cluster))
             self._throttle.spend(fetch.length)
             self._cursor = fetch.behind
         return 0.0
@@ -133,8 +179,9 @@ class Hydrator:
         remote = self._overlay.remote
         if remote is None:
             return None
-        behind = len(remote) if self._survey.done else self._survey.position // self._image.cluster_size
-        for start, end in ((self._cursor, behind), (0, min(self._cursor, behind))):
+        known = self._behind if self._survey.done else self._survey.position // self._image.cluster_size
+        behind = min(known, self._behind)
+        for start, end in ((self._cursor, behind), (self._first, min(self._cursor, behind))):
             cluster = remote.find(1, start, end) if start < end else -1
             while cluster >= 0 and self._fetches.is_in_flight(cluster):
                 cluster = remote.find(1, cluster + 1, end)

@@ -1,115 +1,153 @@
-"""The block job that makes an overlay independent: the only one that starts, pauses and completes it."""
+"""The block job that makes an overlay independent: QAPI's life cycle around a hydrator."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import logging
-import time
-from collections import deque
-from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from nbdstream.block.qed.tidy import tidy
-from nbdstream.stream.allocation import Survey
-from nbdstream.stream.fetch import Fetches
+from nbdstream.errors import JobError
+from nbdstream.stream.events import (
+    Cancelled,
+    Completed,
+    ErrorAction,
+    JobStatus,
+    Operation,
+    OperationFailed,
+    Progress,
+    StatusChanged,
+)
 from nbdstream.stream.hydrator import Hydrator
 from nbdstream.stream.throttle import Throttle
 
 if TYPE_CHECKING:
-    from nbdstream.block.overlay import Overlay
-    from nbdstream.stream.source import Source
+    from nbdstream.stream.hydration import Hydration
 
 log = logging.getLogger(__name__)
 
-_RATE_WINDOW_SECONDS = 5.0
-_RETRY_SECONDS = 1.0
-
-
-class JobStatus(Enum):
-    """QAPI's JobStatus, as far as this job goes through it."""
-
-    CREATED = "created"
-    RUNNING = "running"
-    CONCLUDED = "concluded"
-
-
-class Progress(NamedTuple):
-    """How far a stream has come. All in bytes."""
-
-    position: int
-    """What of the disk needs the source no more."""
-    length: int
-    """The size of the disk."""
-    rate: float
-    """What came over the connection in the last seconds, per second."""
-    fetched: int
-    """What came over the connection since the job began."""
-    allocated: int
-    """What the source has that is not zero, as far as it has been surveyed."""
-
 
 class StreamJob:
-    """Streams one overlay from its source until it is independent."""
+    """Streams one overlay until it is independent. What happens is told to the hydration's listeners."""
 
-    def __init__(self, overlay: Overlay, source: Source, *, rate: int | None = None) -> None:
-        """Take over the overlay: from here on what a guest reads from the source is kept.
-
-        ``rate`` limits what is fetched in the background, in bytes a second.
-        """
-        self._overlay = overlay
-        self._source = source
-        self.throttle = Throttle(rate)
+    def __init__(self, job_id: str, hydration: Hydration, *, speed: int = 0) -> None:
+        """``speed`` limits what is fetched in the background, in bytes a second; 0 does not."""
+        self.id = job_id
         self.status = JobStatus.CREATED
-        overlay.remote = ~overlay.image.allocated
-        overlay.remote_count = overlay.remote.count()
-        self._fetches = Fetches(overlay, source)
-        overlay.keeper = self._fetches
-        self._survey = Survey(overlay, source)
-        self._samples: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
-
-    async def run(self) -> None:
-        """Return when the overlay is independent and durable. Raises OSError if the image has failed."""
-        self.status = JobStatus.RUNNING
-        hydrator = Hydrator(self._overlay, self._fetches, self._survey, self.throttle)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._survey.run())
-            tasks.create_task(hydrator.run())
-        # Nobody needs the source any more. A fetch that lost its race against the guest may still be in flight: it ends
-        # here and gives its clusters back.
-        await self._source.close()
-        while not await self._let_go():
-            # Nobody tells when a disk has room again.
-            await asyncio.sleep(_RETRY_SECONDS)
-        self._overlay.become_independent()
-        self.status = JobStatus.CONCLUDED
-
-    async def _let_go(self) -> bool:
-        """Make everything durable and forget the source; return whether there was room for that."""
-        try:
-            await tidy(self._overlay.image, self._overlay)
-            await self._overlay.image.forget_backing()
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            log.error("the disk is full: the overlay becomes independent when there is room")
-            return False
-        return True
+        self.error = ""
+        """Why it failed, for people; empty if it did not."""
+        self._hydration = hydration
+        self._throttle = Throttle(speed or None)
+        self._hydrator = Hydrator(hydration, self._throttle)
+        self._running: asyncio.Task[None] | None = None
+        self._become(JobStatus.CREATED)
 
     @property
     def progress(self) -> Progress:
-        """How far it has come."""
-        size, image = self._overlay.size, self._overlay.image
-        fetched = self._fetches.bytes_fetched
-        remote = min(size, self._overlay.remote_count * image.cluster_size)
-        return Progress(size - remote, size, self._rate(fetched), fetched, self._survey.data_bytes)
+        """How far the stream has come."""
+        return self._hydration.progress
 
-    def _rate(self, fetched: int) -> float:
-        now = time.monotonic()
-        samples = self._samples
-        if now - samples[-1][0] > 0.1:
-            samples.append((now, fetched))
-        while len(samples) > 1 and now - samples[0][0] > _RATE_WINDOW_SECONDS:
-            samples.popleft()
-        since, before = samples[0]
-        return (fetched - before) / (now - since) if now > since else 0.0
+    @property
+    def speed(self) -> int:
+        """Bytes a second that are fetched in the background at most; 0 for no limit. It may be set at any time."""
+        return self._throttle.rate or 0
+
+    @speed.setter
+    def speed(self, speed: int) -> None:
+        self._throttle.rate = speed or None
+        self._hydrator.look()
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to an end, one way or the other."""
+        return self.status in (JobStatus.CONCLUDED, JobStatus.NULL)
+
+    # -- verbs ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to run."""
+        self._expect(JobStatus.CREATED)
+        self._become(JobStatus.RUNNING)
+        self._running = asyncio.get_running_loop().create_task(self._stream())
+        self._running.add_done_callback(self._ended)
+
+    def pause(self) -> None:
+        """Fetch nothing more in the background until :meth:`resume`; what is in flight comes to its end."""
+        self._expect(JobStatus.RUNNING)
+        self._hydrator.pause()
+        self._become(JobStatus.PAUSED)
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self._expect(JobStatus.PAUSED)
+        self._become(JobStatus.RUNNING)
+        self._hydrator.resume()
+
+    async def cancel(self) -> None:
+        """End it, and keep all that there is: the disk is served as before, and can be streamed again.
+
+        What is in flight is kept when it arrives.
+        """
+        self._expect(JobStatus.RUNNING, JobStatus.PAUSED)
+        await self.abandon()
+
+    async def abandon(self) -> None:
+        """Cancel it whatever it does; nothing if it has come to its end."""
+        if self._running:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+
+    async def wait(self) -> None:
+        """Wait until it has come to its end."""
+        if self._running:
+            await asyncio.wait([self._running])
+
+    def _expect(self, *allowed: JobStatus) -> None:
+        if self.status not in allowed:
+            raise JobError(f"the job {self.id} is {self.status.value}: that cannot be done now")
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    async def _stream(self) -> None:
+        self._hydrator.on_error = self._retried
+        await self._hydrator.run()
+        self._become(JobStatus.WAITING)
+        self._become(JobStatus.PENDING)
+        await self._hydration.complete()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        tell = self._hydration.listeners.tell
+        if task.cancelled():
+            self._become(JobStatus.ABORTING)
+            tell(Cancelled(self.id, self.progress, self.speed))
+        else:
+            if error := task.exception():
+                self._failed(error)
+                self._become(JobStatus.ABORTING)
+            tell(Completed(self.id, self.progress, self.speed, self.error))
+        self._become(JobStatus.CONCLUDED)
+        self._become(JobStatus.NULL)
+
+    def _become(self, status: JobStatus) -> None:
+        self.status = status
+        self._hydration.listeners.tell(StatusChanged(self.id, status))
+
+    def _retried(self, error: OSError) -> None:
+        full = error.errno == errno.ENOSPC
+        self.tell_error(
+            Operation.WRITE if full else Operation.READ,
+            ErrorAction.STOP if full else ErrorAction.IGNORE,
+            error.strerror or str(error),
+        )
+
+    def _failed(self, error: BaseException) -> None:
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if not isinstance(error, OSError):
+            log.error("a mistake of ours: the job %s ends", self.id, exc_info=error)
+        self.error = str(error.strerror or error) if isinstance(error, OSError) else f"internal error: {error!r}"
+        self.tell_error(Operation.WRITE, ErrorAction.REPORT, self.error)
+
+    def tell_error(self, operation: Operation, action: ErrorAction, reason: str) -> None:
+        """Tell listeners of an error that meets the job."""
+        self._hydration.listeners.tell(OperationFailed(self.id, operation, action, reason))

@@ -9,7 +9,7 @@ import pytest
 
 from nbdstream.cli import progress as progress_module
 from nbdstream.cli.progress import Reporter, bar, json_lines
-from nbdstream.stream.job import Progress
+from nbdstream.stream.events import Progress
 
 SIZE = 1 << 30
 

@@ -15,8 +15,9 @@ from nbdstream.block.qed.opening import create_file
 from nbdstream.extents import Extent, ExtentFlags, merge
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
-from nbdstream.stream.fetch import Fetches
-from nbdstream.stream.source import Source, round_up
+from nbdstream.stream.events import Event, Listeners
+from nbdstream.stream.hydration import Hydration
+from nbdstream.stream.source import Source, SourceOptions, round_up
 from nbdstream.uri import NbdUri
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class SourceServer:
             await server.close(0.0)
 
     def source(self, *, connections: int = 1) -> Source:
-        return Source(NbdUri.parse(self.uri), connections=connections)
+        return Source(NbdUri.parse(self.uri), options=SourceOptions(connections=connections))
 
 
 class Streamed:
@@ -115,10 +116,9 @@ class Streamed:
         self.image = overlay.image
         self.source = source
         self.disk = disk
-        overlay.remote = ~overlay.image.allocated
-        overlay.remote_count = overlay.remote.count()
-        self.fetches = Fetches(overlay, source)
-        overlay.keeper = self.fetches
+        self.events: list[Event] = []
+        self.hydration = Hydration(overlay, source, Listeners([self.events.append]))
+        self.fetches = self.hydration.fetches
 
     async def read(self, offset: int, length: int) -> bytes:
         buffers = self.overlay.read_now(offset, length)
@@ -138,7 +138,7 @@ async def streamed(server: SourceServer, path: Path, *, cluster_size: int = CLUS
     await source.connect()
     size = round_up(source.size)
     create_file(str(path), size, cluster_size=cluster_size, table_size=4, backing_name=server.uri)
-    image = await QedImage.open(str(path), writable=True)
+    image = await QedImage.open(str(path), writable=True, marked=True)
     try:
         yield Streamed(Overlay(image, source), source, server.disk)
     finally:

@@ -13,9 +13,20 @@ import pytest
 
 from nbdstream.block.qed.opening import create_file, read_header
 from nbdstream.block.remote.export import RemoteExport
-from nbdstream.errors import ImageError, ImageLockedError, ListenError, NbdstreamError, SourceError, WrongSourceError
+from nbdstream.errors import (
+    ImageError,
+    ImageLockedError,
+    JobError,
+    ListenError,
+    NbdstreamError,
+    SourceError,
+    WrongSourceError,
+)
 from nbdstream.stream import source as source_module
-from nbdstream.stream.disk import DiskStream, check_origin, create_overlay
+from nbdstream.stream.disk import DiskStream, StepResult, check_origin, create_overlay
+from nbdstream.stream.events import ErrorAction, Event, Operation, OperationFailed, SourceBack, SourceLost
+from nbdstream.stream.snapshot import DiskState
+from nbdstream.stream.source import SourceOptions
 from nbdstream.uri import NbdUri
 from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, some_bytes
 from tests.support import qed
@@ -43,7 +54,7 @@ async def stream_all(uri: str, path: str) -> DiskStream:
 
 async def stop_on_the_way(server: SourceServer, path: str, clusters: int = 10) -> None:
     """Leave an overlay behind that has some clusters."""
-    disk = await DiskStream.start(server.uri, path, rate=1)
+    disk = await DiskStream.start(server.uri, path, speed=1)
     try:
         for cluster in range(clusters):
             await disk.overlay.read(cluster * CLUSTER, 1)
@@ -90,7 +101,7 @@ async def test_a_resumed_overlay_does_not_fetch_again_what_it_has(
 async def test_what_was_written_before_a_stop_is_there_after_resuming(
     server: SourceServer, disk: SourceDisk, path: str
 ) -> None:
-    stream = await DiskStream.start(server.uri, path, rate=1)
+    stream = await DiskStream.start(server.uri, path, speed=1)
     await stream.overlay.write(39 * CLUSTER + 5, b"here")
     await stream.close()
     await stream_all(server.uri, path)
@@ -298,7 +309,7 @@ async def test_a_directory_that_does_not_exist_is_refused(server: SourceServer, 
 
 
 async def test_an_overlay_that_somebody_has_open_is_refused(server: SourceServer, path: str) -> None:
-    async with await DiskStream.start(server.uri, path, rate=1):
+    async with await DiskStream.start(server.uri, path, speed=1):
         with pytest.raises(ImageLockedError, match=path):
             await DiskStream.start(server.uri, path)
 
@@ -343,3 +354,302 @@ async def test_the_origin_is_compared_as_a_source_and_not_as_a_text(path: str) -
     check_origin(path, "nbd://host/disk", NbdUri.parse("nbd://host:10809/disk"))
     with pytest.raises(ImageError, match="nbd://host/disk"):
         check_origin(path, "nbd://host/disk", NbdUri.parse("nbd://host/other"))
+
+
+# A job, or step by step.
+
+
+async def left_alone(server: SourceServer, path: str) -> DiskStream:
+    return await DiskStream.start(server.uri, path, job=False)
+
+
+async def test_without_a_job_nothing_is_fetched_but_what_is_read_is_kept(
+    server: SourceServer, disk: SourceDisk, path: str
+) -> None:
+    async with await left_alone(server, path) as stream:
+        assert stream.job is None
+        await asyncio.sleep(0.05)
+        assert disk.reads == []
+        for _ in range(2):
+            await stream.overlay.read(5 * CLUSTER, 10)
+        assert len(disk.reads) == 1
+
+
+async def test_steps_come_to_the_end_and_say_so(server: SourceServer, disk: SourceDisk, path: str) -> None:
+    async with await left_alone(server, path) as stream:
+        offsets = []
+        step = StepResult(0, False)
+        while not step.finished:
+            offsets.append(step.next_offset)
+            step = await stream.step(step.next_offset, 9 * CLUSTER)
+            assert stream.independent == step.finished
+        assert offsets == [9 * CLUSTER * number for number in range(5)]
+        assert step == (disk.size, True)
+        assert await stream.step(0) == (disk.size, True)
+        await stream.wait()
+    assert is_sound(path, disk.data)
+    assert all(disk.times_read(cluster) == 1 for cluster in range(40))
+
+
+async def test_a_step_fetches_what_is_remote_in_its_range_and_no_more(
+    server: SourceServer, disk: SourceDisk, path: str
+) -> None:
+    zero = range(8 * CLUSTER, 30 * CLUSTER)
+    disk.data[zero.start : zero.stop] = bytes(len(zero))
+    disk.zeroes.append(zero)
+    async with await left_alone(server, path) as stream:
+        assert await stream.step(5 * CLUSTER + 1, CLUSTER) == (7 * CLUSTER, False)
+        assert [disk.times_read(cluster) for cluster in range(9)] == [0, 0, 0, 0, 0, 1, 1, 0, 0]
+        assert await stream.step(7 * CLUSTER, CLUSTER) == (30 * CLUSTER, False)
+        assert await stream.step(8 * CLUSTER, 22 * CLUSTER) == (30 * CLUSTER, False)
+        assert [disk.times_read(cluster) for cluster in range(8, 31)] == [0] * 23
+        assert await stream.step(30 * CLUSTER, 1 << 40) == (0, False)  # and from the start
+        assert await stream.step(0) == (disk.size, True)
+    assert is_sound(path, disk.data)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, 0), (0, -5), (40 * CLUSTER + 1, 1)])
+async def test_a_step_that_is_not_one_of_the_disk_is_refused(
+    server: SourceServer, path: str, offset: int, length: int
+) -> None:
+    async with await left_alone(server, path) as stream:
+        with pytest.raises(ValueError, match="disk"):
+            await stream.step(offset, length)
+
+
+async def test_a_disk_is_streamed_by_one_at_a_time(server: SourceServer, disk: SourceDisk, path: str) -> None:
+    disk.gate.clear()
+    async with await left_alone(server, path) as stream:
+        stepping = asyncio.create_task(stream.step(0))
+        await disk.asked.wait()
+        with pytest.raises(JobError, match="already"):
+            stream.start_job()
+        disk.gate.set()
+        await stepping
+    os.unlink(path)
+    async with await DiskStream.start(server.uri, path, speed=1) as stream:
+        with pytest.raises(JobError, match="already"):
+            stream.start_job()
+        with pytest.raises(JobError, match="already"):
+            await stream.step(0)
+
+
+async def test_a_job_that_was_cancelled_is_followed_by_another(
+    server: SourceServer, disk: SourceDisk, path: str
+) -> None:
+    async with await DiskStream.start(server.uri, path, speed=1) as stream:
+        assert stream.job
+        await stream.job.cancel()
+        assert stream.job is None
+        assert await stream.step(0, CLUSTER)
+        job = stream.start_job(job_id="second")
+        assert stream.job is job
+        await stream.wait()
+        with pytest.raises(JobError, match="independent"):
+            stream.start_job()
+    assert is_sound(path, disk.data)
+
+
+# What there is to see.
+
+
+async def test_a_snapshot_follows_a_disk_through_its_life(server: SourceServer, disk: SourceDisk, path: str) -> None:
+    zero = range(10 * CLUSTER, 20 * CLUSTER)
+    disk.data[zero.start : zero.stop] = bytes(len(zero))
+    disk.zeroes.append(zero)
+    events: list[Event] = []
+    async with await left_alone(server, path) as stream:
+        stream.listeners.append(events.append)
+        assert stream.snapshot().state is DiskState.RUNNING
+        assert stream.snapshot().amounts == (0, 0, 40 * CLUSTER, 0, 0)
+        await stream.step(0, 15 * CLUSTER)
+        assert stream.snapshot().amounts == (10 * CLUSTER, 10 * CLUSTER, 20 * CLUSTER, 0, 0)
+        assert [part.remote for part in stream.map(4)] == [0, 0, 10 * CLUSTER, 10 * CLUSTER]
+        assert stream.map(1000) == [*stream.map(40)]
+        await stream.overlay.write(2 * CLUSTER, disk.data[2 * CLUSTER : 3 * CLUSTER])
+        await stream.overlay.write(12 * CLUSTER, bytes(100))
+        assert stream.snapshot().amounts == (11 * CLUSTER, 9 * CLUSTER, 20 * CLUSTER, 0, 2 * CLUSTER)
+        await server.stop()
+        waiting = asyncio.create_task(stream.overlay.read(30 * CLUSTER, 1))
+        while stream.snapshot().state is DiskState.RUNNING or not stream.snapshot().waiting:
+            await asyncio.sleep(0.001)
+        degraded = stream.snapshot()
+        assert degraded.state is DiskState.DEGRADED
+        assert degraded.reason
+        assert degraded.since
+        assert degraded.amounts.in_flight == CLUSTER
+        await server.start()
+        await waiting
+        assert stream.snapshot().state is DiskState.RUNNING
+        assert [type(event) for event in events] == [SourceLost, SourceBack]
+        await stream.step(0, disk.size)
+        assert stream.snapshot().state is DiskState.INDEPENDENT
+        assert stream.snapshot().amounts == (31 * CLUSTER, 9 * CLUSTER, 0, 0, 0)
+
+
+async def test_a_job_is_told_that_its_source_is_lost(server: SourceServer, path: str) -> None:
+    events: list[Event] = []
+    async with await DiskStream.start(server.uri, path, speed=1) as stream:
+        stream.listeners.append(events.append)
+        await server.stop()
+        while not any(isinstance(event, SourceLost) for event in events):
+            await asyncio.sleep(0.001)
+        failed = next(event for event in events if isinstance(event, OperationFailed))
+        assert (failed.job, failed.operation, failed.action) == ("disk0", Operation.READ, ErrorAction.STOP)
+        assert failed.reason
+
+
+# The source that comes back, another one, and one that has moved.
+
+
+def another_disk() -> SourceDisk:
+    return SourceDisk(some_bytes(40 * CLUSTER + 1)[:-1])
+
+
+async def replaced(server: SourceServer, disk: SourceDisk) -> None:
+    """Another disk is where the source was."""
+    await server.stop()
+    server.disk = disk
+    await server.start()
+
+
+@pytest.mark.parametrize("socket", [None, "guest"])
+async def test_another_disk_of_the_same_size_is_refused_at_a_resume(
+    server: SourceServer, path: str, directory: str, socket: str | None
+) -> None:
+    await stop_on_the_way(server, path)
+    await replaced(server, another_disk())
+    with pytest.raises(WrongSourceError, match="differs"):
+        await DiskStream.start(server.uri, path, socket=socket and f"{directory}/{socket}")
+    assert not os.path.exists(f"{directory}/guest")
+
+
+async def test_another_disk_that_comes_back_is_not_taken(
+    server: SourceServer, disk: SourceDisk, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with await DiskStream.start(server.uri, path, speed=1) as stream:
+        await stream.overlay.read(0, CLUSTER)
+        await replaced(server, another_disk())
+        while "differs" not in stream.snapshot().reason:
+            await asyncio.sleep(0.001)
+        assert stream.snapshot().state is DiskState.DEGRADED
+        waiting = asyncio.create_task(stream.overlay.read(39 * CLUSTER, 10))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        await replaced(server, disk)
+        assert b"".join(map(bytes, await waiting)) == disk.data[39 * CLUSTER : 39 * CLUSTER + 10]
+        assert stream.job
+        stream.job.speed = 0
+        await stream.wait()
+    assert is_sound(path, disk.data)
+
+
+async def test_where_nothing_can_be_compared_the_size_decides_and_the_log_says_so(
+    server: SourceServer, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with await left_alone(server, path) as stream:
+        await stream.overlay.write(0, b"x" * CLUSTER)
+        await replaced(server, another_disk())
+        while stream.snapshot().state is not DiskState.RUNNING or "by its size" not in caplog.text:
+            await asyncio.sleep(0.001)
+
+
+async def test_a_further_source_takes_over(server: SourceServer, disk: SourceDisk, path: str, directory: str) -> None:
+    second = SourceServer(f"{directory}/second", disk)
+    await second.start()
+    async with await DiskStream.start(server.uri, path, also=[second.uri], speed=1) as stream:
+        await stream.overlay.read(0, CLUSTER)
+        await server.stop()
+        await stream.overlay.read(39 * CLUSTER, 10)
+        assert stream.snapshot().source == second.uri
+        assert stream.job
+        stream.job.speed = 0
+        await stream.wait()
+    await second.stop()
+    assert is_sound(path, disk.data)
+    await server.start()
+    await stream_all(server.uri, path)  # it still belongs to the first
+
+
+async def test_a_further_source_that_is_wrong_is_not_taken(
+    server: SourceServer, disk: SourceDisk, path: str, directory: str
+) -> None:
+    second = SourceServer(f"{directory}/second", another_disk())
+    await second.start()
+    async with await DiskStream.start(server.uri, path, also=[second.uri], speed=1) as stream:
+        await stream.overlay.read(0, CLUSTER)
+        await server.stop()
+        while "differs" not in stream.snapshot().reason:
+            await asyncio.sleep(0.001)
+        await server.start()
+        assert stream.job
+        stream.job.speed = 0
+        await stream.wait()
+    await second.stop()
+    assert is_sound(path, disk.data)
+
+
+async def test_with_eio_only_what_is_remote_fails(server: SourceServer, disk: SourceDisk, path: str) -> None:
+    options = SourceOptions(hold=0.0)
+    async with await DiskStream.start(server.uri, path, options=options, speed=1) as stream:
+        overlay = stream.overlay
+        await overlay.read(0, CLUSTER)
+        await server.stop()
+        with pytest.raises(OSError, match=r".") as error:
+            await overlay.read(30 * CLUSTER, 10)
+        assert error.value.errno == errno.EIO
+        with pytest.raises(OSError, match=r"."):
+            await overlay.write(30 * CLUSTER + 5, b"a part")
+        assert b"".join(map(bytes, await overlay.read(0, CLUSTER))) == disk.data[:CLUSTER]
+        await overlay.write(5, b"a part of what is local")
+        await overlay.write(31 * CLUSTER, b"x" * CLUSTER)
+        await overlay.discard(32 * CLUSTER, CLUSTER)
+        await overlay.flush()
+        await server.start()
+        while stream.snapshot().state is DiskState.DEGRADED:
+            await asyncio.sleep(0.001)
+        assert b"".join(map(bytes, await overlay.read(30 * CLUSTER, 10))) == disk.data[30 * CLUSTER :][:10]
+        assert stream.job
+        stream.job.speed = 0
+        await stream.wait()
+
+
+async def test_a_source_that_has_moved_is_taken_over(
+    server: SourceServer, disk: SourceDisk, path: str, directory: str
+) -> None:
+    await stop_on_the_way(server, path)
+    await server.stop()
+    for name in ("second", "third"):
+        moved = SourceServer(f"{directory}/{name}", disk)
+        await moved.start()
+        with pytest.raises(ImageError, match="not of"):
+            await DiskStream.start(moved.uri, path)
+        stream = await DiskStream.start(moved.uri, path, moved=True, speed=1)
+        await stream.close()
+        assert NbdUri.parse(qed.qemu_info(path)["backing-filename"]).same_source(NbdUri.parse(moved.uri))
+        assert qed.qemu_check(path).status == 0
+        await moved.stop()
+    await moved.start()
+    await stream_all(moved.uri, path)
+    await stream_all(moved.uri, path)  # it is remembered when it is independent, too
+    await moved.stop()
+    assert is_sound(path, disk.data)
+
+
+async def test_a_disk_that_is_another_is_not_taken_over(server: SourceServer, path: str, directory: str) -> None:
+    await stop_on_the_way(server, path)
+    before = qed.qemu_info(path)["backing-filename"]
+    moved = SourceServer(f"{directory}/moved", another_disk())
+    await moved.start()
+    with pytest.raises(WrongSourceError, match="differs"):
+        await DiskStream.start(moved.uri, path, moved=True)
+    await moved.stop()
+    with pytest.raises(SourceError, match="connect"):
+        await DiskStream.start(moved.uri, path, moved=True, socket=f"{directory}/guest")
+    assert qed.qemu_info(path)["backing-filename"] == before
+
+
+async def test_an_independent_image_has_no_source_that_could_move(server: SourceServer, path: str) -> None:
+    await stream_all(server.uri, path)
+    with pytest.raises(ImageError, match="no source any more"):
+        await DiskStream.start(server.uri, path, moved=True)

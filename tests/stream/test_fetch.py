@@ -37,7 +37,7 @@ async def asked(disk: SourceDisk, times: int = 1) -> None:
 async def finish(stream: Streamed, first: int, most: int) -> OSError | None:
     """Fetch as the hydrator does, and wait for the end."""
     ended: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
-    stream.fetches.on_finished = ended.set_result
+    stream.fetches.on_finished = lambda _fetch, error: ended.set_result(error)
     stream.fetches.begin(first, most)
     return await ended
 

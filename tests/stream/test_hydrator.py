@@ -11,7 +11,6 @@ import pytest
 
 from nbdstream.block.remote import commands
 from nbdstream.stream import hydrator as hydrator_module
-from nbdstream.stream.allocation import Survey
 from nbdstream.stream.hydrator import Hydrator
 from nbdstream.stream.throttle import Throttle
 from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, Streamed, some_bytes, streamed
@@ -34,11 +33,7 @@ async def stream(server: SourceServer, tmp_path: Path) -> AsyncIterator[Streamed
 
 async def hydrate(stream: Streamed, throttle: Throttle | None = None) -> None:
     """As the job does it."""
-    survey = Survey(stream.overlay, stream.source)
-    hydrator = Hydrator(stream.overlay, stream.fetches, survey, throttle or Throttle())
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(survey.run())
-        tasks.create_task(hydrator.run())
+    await Hydrator(stream.hydration, throttle or Throttle()).run()
 
 
 async def all_is_local(stream: Streamed) -> bool:
@@ -132,10 +127,9 @@ async def test_a_guest_is_not_limited_by_the_rate(stream: Streamed, disk: Source
 
 
 async def test_errors_of_the_source_are_tried_again(stream: Streamed, disk: SourceDisk) -> None:
-    survey = Survey(stream.overlay, stream.source)
-    await survey.run()
+    await stream.hydration.survey.run()
     disk.error = OSError(errno.EIO, "a bad sector")
-    hydrating = asyncio.create_task(Hydrator(stream.overlay, stream.fetches, survey, Throttle()).run())
+    hydrating = asyncio.create_task(hydrate(stream))
     while len(disk.reads) < 20:
         await asyncio.sleep(0.001)
     assert stream.overlay.remote_count == 40

@@ -14,7 +14,7 @@ import pytest
 from nbdstream.errors import SourceError
 from nbdstream.extents import ExtentFlags
 from nbdstream.stream import source as source_module
-from nbdstream.stream.source import Source, round_up
+from nbdstream.stream.source import Source, SourceOptions, round_up
 from nbdstream.uri import NbdUri
 from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, some_bytes
 
@@ -48,11 +48,12 @@ async def lost(source: Source) -> None:
 
 
 class Copied:
-    """A copy, waited for."""
+    """A copy, waited for; ``wanted`` as the source sees it."""
 
-    def __init__(self, source: Source, fd: int, offset: int, length: int) -> None:
+    def __init__(self, source: Source, fd: int, offset: int, length: int, *, wanted: bool = True) -> None:
+        self.wanted = wanted
         self.answer: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        source.copy_soon(offset, length, fd, 0, self._done, zero_unit=CLUSTER, urgent=False)
+        source.copy_soon(offset, length, fd, 0, self._done, zero_unit=CLUSTER, urgent=False, wanted=lambda: self.wanted)
 
     def _done(self, zero: int | None, error: OSError | None) -> None:
         if error:
@@ -245,7 +246,7 @@ async def test_a_closed_source_does_not_come_back(server: SourceServer, source: 
 async def test_nbdkit_killed_and_started_again_is_the_same_source(directory: str) -> None:
     path = f"{directory}/nbdkit"
     command = ["nbdkit", "-f", "--exit-with-parent", "-U", path, "pattern", "1M"]
-    source = Source(NbdUri.parse(f"nbd+unix:///?socket={path}"), connections=4)
+    source = Source(NbdUri.parse(f"nbd+unix:///?socket={path}"), options=SourceOptions(connections=4))
     source.expect(1 << 20)
     source.connect_later("not started yet")
     for _ in range(2):
@@ -257,4 +258,159 @@ async def test_nbdkit_killed_and_started_again_is_the_same_source(directory: str
             nbdkit.wait()
         await lost(source)
         os.unlink(path)
+    await source.close()
+
+
+# How long requests wait.
+
+
+async def failing(request: asyncio.Task[bytes]) -> int | None:
+    with pytest.raises(OSError, match=r".") as error:
+        await request
+    return error.value.errno
+
+
+async def test_with_no_patience_what_needs_the_source_fails_until_it_is_back(
+    server: SourceServer, disk: SourceDisk
+) -> None:
+    source = Source(NbdUri.parse(server.uri), options=SourceOptions(connections=1, hold=0.0))
+    await source.connect()
+    disk.gate.clear()
+    flying = asyncio.create_task(read(source, 0, 100))
+    await disk.asked.wait()
+    await server.stop()
+    assert await failing(flying) == errno.EIO
+    assert await failing(asyncio.create_task(read(source, 0, 100))) == errno.EIO
+    present = asyncio.create_task(source.present())
+    disk.gate.set()
+    await server.start()
+    await present
+    assert await read(source, 0, 100) == disk.data[:100]
+    await source.close()
+
+
+async def test_patience_begins_anew_with_every_loss(server: SourceServer, disk: SourceDisk) -> None:
+    source = Source(NbdUri.parse(server.uri), options=SourceOptions(connections=1, hold=0.2))
+    await source.connect()
+    for _ in range(2):
+        await server.stop()
+        await lost(source)
+        waiting = asyncio.create_task(read(source, 0, 100))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        await server.start()
+        assert await waiting == disk.data[:100]
+    await server.stop()
+    await lost(source)
+    began = asyncio.get_running_loop().time()
+    assert await failing(asyncio.create_task(read(source, 0, 100))) == errno.EIO
+    assert asyncio.get_running_loop().time() - began > 0.15
+    await source.close()
+
+
+async def test_what_nobody_waits_for_is_given_back_when_the_source_is_lost(
+    server: SourceServer, source: Source, disk: SourceDisk, tmp_path: Path
+) -> None:
+    with open(tmp_path / "file", "wb") as file:
+        disk.gate.clear()
+        background = Copied(source, file.fileno(), 0, CLUSTER, wanted=False)
+        wanted = Copied(source, file.fileno(), CLUSTER, CLUSTER)
+        while len(disk.reads) < 2:
+            await asyncio.sleep(0.001)
+        await server.stop()
+        with pytest.raises(OSError, match=r".") as error:
+            await background.answer
+        assert error.value.errno == errno.ECONNRESET
+        late = Copied(source, file.fileno(), 0, CLUSTER, wanted=False)
+        assert not late.answer.done()
+        with pytest.raises(OSError, match=r"."):
+            await late.answer
+        disk.gate.set()
+        await server.start()
+        assert await wanted.answer == 0
+
+
+async def test_a_mistake_of_ours_does_not_end_the_attempts(
+    server: SourceServer, source: Source, disk: SourceDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mistakes: list[int] = []
+
+    async def check(_export: object) -> None:
+        if len(mistakes) < 2:
+            mistakes.append(1)
+            raise ZeroDivisionError
+
+    source.check = check
+    await server.stop()
+    await lost(source)
+    await server.start()
+    assert await read(source, 0, 100) == disk.data[:100]
+    assert len(mistakes) == 2
+
+
+# Further sources.
+
+
+@pytest.fixture
+async def second(directory: str, disk: SourceDisk) -> AsyncIterator[SourceServer]:
+    """Another server of the same disk."""
+    server = SourceServer(f"{directory}/second", disk)
+    yield server
+    await server.stop()
+
+
+def of_both(server: SourceServer, second: SourceServer) -> Source:
+    uris = map(NbdUri.parse, (server.uri, second.uri))
+    return Source(*uris, options=SourceOptions(connections=1))
+
+
+async def test_where_the_first_is_not_to_be_had_the_next_one_is_taken(
+    server: SourceServer, second: SourceServer, disk: SourceDisk
+) -> None:
+    source = of_both(server, second)
+    await source.connect()
+    assert str(source.uri) == server.uri
+    await server.stop()
+    await lost(source)
+    waiting = asyncio.create_task(read(source, 0, 100))
+    await second.start()
+    assert await waiting == disk.data[:100]
+    assert str(source.uri) == second.uri
+    await server.start()
+    assert await read(source, 0, 100) == disk.data[:100]
+    assert str(source.uri) == second.uri  # what works is left as it is
+    await second.stop()
+    await lost(source)
+    assert await read(source, 0, 100) == disk.data[:100]
+    assert str(source.uri) == server.uri
+    await source.close()
+
+
+async def test_a_wrong_one_is_passed_over(
+    server: SourceServer, second: SourceServer, disk: SourceDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = of_both(server, second)
+    await source.connect()
+    second.disk = SourceDisk(some_bytes(41 * CLUSTER))
+    await second.start()
+    reasons: list[str] = []
+    source.on_change = lambda: reasons.append(source.lost_because)
+    await server.stop()
+    while not reasons or "another disk" not in reasons[-1]:
+        await asyncio.sleep(0.001)
+    assert not source.connected
+    assert "another disk" in caplog.text
+    await server.start()
+    assert await read(source, 0, 100) == disk.data[:100]
+    assert str(source.uri) == server.uri
+    await source.close()
+
+
+async def test_none_of_them_is_an_error_that_names_both(server: SourceServer, second: SourceServer) -> None:
+    source = of_both(server, second)
+    await server.stop()
+    with pytest.raises(SourceError) as error:
+        await source.connect()
+    assert server.path in str(error.value)
+    assert second.path in str(error.value)
     await source.close()

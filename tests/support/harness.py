@@ -189,7 +189,7 @@ class LocalPair(Pair):
         self.on_loop(kill(*source))
 
     def start_streamer(self, *, rate: int | None = None) -> None:
-        self.disk = self.on_loop(DiskStream.start(self.uri, self.overlay, socket=self.guest_socket, rate=rate))
+        self.disk = self.on_loop(DiskStream.start(self.uri, self.overlay, socket=self.guest_socket, speed=rate or 0))
 
     def stop_streamer(self) -> bool:
         disk, self.disk = self.disk, None

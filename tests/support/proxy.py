@@ -30,6 +30,10 @@ class Proxy:
         self.target = target
         self.delay = 0.0
         """Seconds that everything takes on its way, in each direction."""
+        self.trickle = 0.0
+        """Seconds between one piece from the server and the next."""
+        self.chunk = _CHUNK
+        """Bytes of a piece."""
         self.refusing = False
         """Whether new connections are closed at once."""
         self.connections = 0
@@ -38,7 +42,7 @@ class Proxy:
         """Bytes that came from the server."""
         self._corrupt_at: int | None = None
         self._cut_at: int | None = None
-        self._links: set[_Link] = set()
+        self._links: list[_Link] = []
         self._loop = asyncio.new_event_loop()
         self.flowing = asyncio.Event()
         """Set unless stalled."""
@@ -69,6 +73,14 @@ class Proxy:
     def cut(self) -> None:
         """Reset all connections."""
         self._wait(self._cut)
+
+    def cut_link(self, number: int) -> None:
+        """Reset one of the connections, counted from the oldest that there is."""
+        self._loop.call_soon_threadsafe(self._links[number].abort)
+
+    def stall_link(self, number: int) -> None:
+        """Let nothing through on one of the connections any more."""
+        self._loop.call_soon_threadsafe(self._links[number].flowing.clear)
 
     def cut_after(self, count: int) -> None:
         """Reset all connections once so many more bytes have come from the server."""
@@ -111,22 +123,22 @@ class Proxy:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         link = _Link(writer)
-        self._links.add(link)
+        self._links.append(link)
         try:
             if not self.refusing:
                 from_server, to_server = await self._open_target()
                 link.writers.append(to_server)
                 async with asyncio.TaskGroup() as tasks:
                     for line in (
-                        _Line(self, reader, to_server, lambda data: data),
-                        _Line(self, from_server, writer, self._from_server),
+                        _Line(self, link, reader, to_server, lambda data: data),
+                        _Line(self, link, from_server, writer, self._from_server, trickles=True),
                     ):
                         tasks.create_task(line.receive())
                         tasks.create_task(line.send())
         except* OSError:
             pass  # one end is gone: so is the other
         finally:
-            self._links.discard(link)
+            self._links.remove(link)
             link.abort()
 
     async def _open_target(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -156,11 +168,16 @@ class _Line:
     def __init__(
         self,
         proxy: Proxy,
+        link: _Link,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         change: Callable[[bytes], bytes],
+        *,
+        trickles: bool = False,
     ) -> None:
         self._proxy = proxy
+        self._link = link
+        self._trickles = trickles
         self._reader = reader
         self._writer = writer
         self._change = change
@@ -170,7 +187,7 @@ class _Line:
         loop = asyncio.get_running_loop()
         data = b"not at its end"
         while data:
-            data = await self._reader.read(_CHUNK)
+            data = await self._reader.read(self._proxy.chunk)
             await self._on_its_way.put((loop.time() + self._proxy.delay, self._change(data)))
 
     async def send(self) -> None:
@@ -180,6 +197,9 @@ class _Line:
             if (wait := due - loop.time()) > 0:
                 await asyncio.sleep(wait)
             await self._proxy.flowing.wait()
+            await self._link.flowing.wait()
+            if self._trickles and self._proxy.trickle:
+                await asyncio.sleep(self._proxy.trickle)
             if not data:
                 self._writer.write_eof()
                 return
@@ -192,6 +212,8 @@ class _Link:
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self.writers = [writer]
+        self.flowing = asyncio.Event()
+        self.flowing.set()
 
     def abort(self) -> None:
         for writer in self.writers:

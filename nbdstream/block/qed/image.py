@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nbdstream.block.locks import Sharing, take_locks
 from nbdstream.block.mapping import Mapping
 from nbdstream.block.qed.check import CheckResult, check
 from nbdstream.block.qed.epochs import Epochs
+from nbdstream.block.qed.marks import AUTOCLEAR_MARKS, Marks
 from nbdstream.block.qed.opening import OpenFile, open_file
+from nbdstream.block.qed.rebase import replace_backing
 from nbdstream.block.qed.tables import PAGE_ENTRIES, UNALLOCATED, ZERO, Tables
 from nbdstream.block.worker import Worker, as_os_error, pread_exact, pwrite_all, pwritev_all
 
@@ -53,6 +56,9 @@ class QedImage:
         self.cluster_size = file.header.cluster_size
         self.allocated: bitarray = file.allocated
         """Opened for writing: a bit for each cluster of the disk that was not UNALLOCATED then."""
+        self.zeroes: bitarray = file.zeroes
+        """The same of those that were ZERO."""
+        self._marks: Marks | None = file.marks
         self._fd = file.fd
         self._space: Space = file.space
         self._tables: Tables = file.tables
@@ -73,15 +79,27 @@ class QedImage:
         self._closed = False
 
     @classmethod
-    async def open(cls, path: str, *, writable: bool = False) -> QedImage:
+    async def open(cls, path: str, *, writable: bool = False, marked: bool = False) -> QedImage:
         """Open an image and take QEMU's locks on it.
+
+        With ``marked``, whoever opens it for writing sets a bit in :attr:`written` for what the guest writes.
 
         Opening for writing makes durable what an earlier owner left in the page cache, and takes back what nothing
         refers to. Raises ImageError, ImageLockedError.
         """
         sharing = Sharing.WRITER if writable else Sharing.READER
-        file = await asyncio.to_thread(open_file, path, lambda fd: take_locks(fd, sharing, path), writable=writable)
+        file = await asyncio.to_thread(
+            open_file, path, lambda fd: take_locks(fd, sharing, path), writable=writable, marked=marked
+        )
         return cls(path, file, read_only=not writable)
+
+    @property
+    def written(self) -> bitarray | None:
+        """Opened with ``marked``, and as long as there is a backing file: the clusters that the guest may have written.
+
+        A bit must be set before the write is begun. There may be more bits than clusters.
+        """
+        return self._marks.bits if self._marks else None
 
     def _map_file(self) -> Mapping:
         """Map the file and the room it may grow into, or as much of that as there is address space for."""
@@ -160,6 +178,10 @@ class QedImage:
         view = self._mapping.view(place, length)  # taken first: it keeps the place from being used again
         await self._worker.run(_warm, self._fd, length, place)
         return view
+
+    async def read(self, place: int, length: int) -> bytes:
+        """Return bytes to be looked at, which those of a view must not be. Raises OSError."""
+        return await self._worker.run(pread_exact, self._fd, length, place)
 
     def write_now(self, place: int, data: Buffer, done: WriteDone) -> bool:
         """Write into a cluster that is allocated, in a batch with others."""
@@ -296,8 +318,13 @@ class QedImage:
     async def forget_backing(self) -> None:
         """Take the backing file's name out of the header, everything else being durable first."""
         await self.settle()
-        await self._replace_header(self.header.without_backing())
+        header = self.header.without_backing()
+        kept = header.autoclear_features & ~AUTOCLEAR_MARKS
+        await self._replace_header(replace(header, autoclear_features=kept))
         self.backing_name = None
+        if self._marks:
+            self._marks.forget()
+            self._marks = None
 
     async def set_size(self, size: int) -> None:
         """Let the disk have ``size`` bytes; what would show there is covered, and that is durable already."""
@@ -310,6 +337,15 @@ class QedImage:
         self.header = header
         self._tables.header_changed(header)
 
+    async def change_backing(self, name: str, origin_size: int) -> None:
+        """Let the backing file have another name: the source has moved. Raises ImageError if that has no room."""
+        header, self.extension = await self._barriers.run(
+            replace_backing, self._fd, self.header, self.extension, name, origin_size
+        )
+        self.header = header
+        self._tables.header_changed(header)
+        self.backing_name = name
+
     async def close(self) -> None:
         """Make everything durable, if that is still possible, and close the file."""
         if self._closed:
@@ -320,6 +356,8 @@ class QedImage:
                 await self.settle()
                 await self._epochs.close()
                 self.cut()
+                if self._marks:
+                    await self._barriers.run(self._marks.save)
         finally:
             await self._worker.close()
             await self._barriers.close()

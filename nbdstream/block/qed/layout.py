@@ -43,6 +43,11 @@ SECTOR_BYTES = 512
 MAX_DISK_BYTES = (1 << 63) - (1 << 30)
 """The largest disk that QEMU's block layer takes (BDRV_MAX_LENGTH), whatever an image could describe."""
 
+MARKS_OFFSET = EXTENSION_OFFSET + EXTENSION_BYTES
+"""Where our marks lie in the file (see :mod:`nbdstream.block.qed.marks`), of images that were made as overlays."""
+MARKS_HEADER_BYTES = 4096
+"""What lies in front of the marks themselves: a page, since they are mapped."""
+
 _FIELDS = struct.Struct("<4sIIIQQQQQII")
 
 
@@ -135,12 +140,16 @@ class Header:
     ) -> Header:
         """Return the header of a new, empty image for a disk of ``size`` bytes, rounded up to 512.
 
-        The file is then ``l1_table_offset`` + ``table_bytes`` long: the header clusters, with room for our extension,
-        and an L1 table of zeroes. Raises ImageError for a geometry, size or name that QEMU could not open.
+        The file is then ``l1_table_offset`` + ``table_bytes`` long: the header clusters, with room for our extension
+        (and, in an overlay, for our marks), and an L1 table of zeroes. Raises ImageError for a geometry, size or name
+        that QEMU could not open.
         """
         _check_cluster_size(cluster_size)
         _check_table_size(table_size)
-        header_size = -(-(EXTENSION_OFFSET + EXTENSION_BYTES) // cluster_size)
+        spare = EXTENSION_OFFSET + EXTENSION_BYTES
+        if backing_name is not None:
+            spare = MARKS_OFFSET + MARKS_HEADER_BYTES + marks_bytes(-(-size // cluster_size))
+        header_size = -(-spare // cluster_size)
         geometry = Geometry(cluster_size, table_size, header_size)
         if geometry.max_image_size == 0:
             msg = f"QEMU opens no image with cluster_size {cluster_size}, table_size {table_size}: take smaller ones"
@@ -312,6 +321,11 @@ class Header:
         if length > MAX_BACKING_NAME_BYTES:
             msg = f"damaged QED image: backing_filename_size is {length}, allowed are at most {MAX_BACKING_NAME_BYTES}"
             raise ImageError(msg)
+
+
+def marks_bytes(clusters: int) -> int:
+    """Return how many bytes the marks of a disk take: whole pages, a bit for each cluster."""
+    return max(1, -(-clusters // (8 * 4096))) * 4096
 
 
 def encode_backing_name(name: str) -> bytes:

@@ -20,11 +20,12 @@ from nbdstream.block.qed.layout import (
     decode_backing_name,
     encode_backing_name,
 )
+from nbdstream.block.qed.marks import AUTOCLEAR_MARKS, Marks
 from nbdstream.block.qed.mend import drop_bad_entries, measure_doubles
 from nbdstream.block.qed.record import AUTOCLEAR_RECORD, Link, Record
 from nbdstream.block.qed.replay import recorded_links, replay
 from nbdstream.block.qed.space import Space
-from nbdstream.block.qed.tables import Tables
+from nbdstream.block.qed.tables import ZERO, Tables
 from nbdstream.block.qed.walk import MOST_CLUSTERS, Walk
 from nbdstream.block.worker import pread_exact, pwrite_all
 from nbdstream.errors import ImageError
@@ -51,13 +52,17 @@ class OpenFile(NamedTuple):
     tables: Tables
     space: Space
     allocated: bitarray
+    zeroes: bitarray
     record: Record | None
     links: list[Link]
     """Opened for reading: what the tables do not hold yet, and count as if they did."""
+    marks: Marks | None
 
 
-def open_file(path: str, lock: Callable[[int], None], *, writable: bool) -> OpenFile:
+def open_file(path: str, lock: Callable[[int], None], *, writable: bool, marked: bool = False) -> OpenFile:
     """Open an image file and look through it. ``lock`` takes the locks, before anything is read.
+
+    Whoever writes and keeps no marks (``marked``) voids those that there are.
 
     Raises ImageError: it cannot be opened, is no QED image, or is damaged.
     """
@@ -66,7 +71,7 @@ def open_file(path: str, lock: Callable[[int], None], *, writable: bool) -> Open
         fd = os.dup(original)
         try:
             lock(fd)
-            return _look_through(fd, path, writable=writable)
+            return _look_through(fd, path, writable=writable, marked=marked)
         except BaseException:
             os.close(fd)
             raise
@@ -99,14 +104,14 @@ def opened(path: str, *, writable: bool = False) -> Iterator[int]:
             os.close(fd)
 
 
-def _look_through(fd: int, path: str, *, writable: bool) -> OpenFile:
+def _look_through(fd: int, path: str, *, writable: bool, marked: bool) -> OpenFile:
     header, extension, backing_name = read_header_of(fd)
     if not writable:
         # What is damaged is EIO when it is asked for; all else can be read.
         tables = Tables.load(fd, header, strict=False)
         links = recorded_links(fd, header, extension)
         whole = Space(header.cluster_size, os.fstat(fd).st_size)
-        return OpenFile(fd, header, extension, backing_name, tables, whole, bitarray(), None, links)
+        return OpenFile(fd, header, extension, backing_name, tables, whole, bitarray(), bitarray(), None, links, None)
     os.fdatasync(fd)  # links that a kill -9 left unsynced would not be covered by our barriers
     if header.needs_check:
         _drop_what_was_not_finished(fd, path, header)
@@ -117,16 +122,18 @@ def _look_through(fd: int, path: str, *, writable: bool) -> OpenFile:
     scan.run()
     space = Space.of_used(header.cluster_size, scan.used)
     os.ftruncate(fd, space.end)  # the tail that nothing refers to: what a crash left
-    record = Record.create(fd, extension.image_uuid) if extension else None
+    uuid = extension.image_uuid if extension else None
+    record = Record.create(fd, uuid) if uuid else None
+    marks = Marks.open(fd, header, uuid, scan.allocated) if marked and backing_name is not None else None
     ours = replace(
         header,
         features=header.features & ~FEATURE_NEED_CHECK,
         # Whatever other autoclear bits promise, we do not keep it.
-        autoclear_features=AUTOCLEAR_RECORD if record else 0,
+        autoclear_features=(AUTOCLEAR_RECORD if record else 0) | (AUTOCLEAR_MARKS if marks else 0),
     )
     if ours != header:
         write_header(fd, ours)
-    return OpenFile(fd, ours, extension, backing_name, tables, space, scan.allocated, record, [])
+    return OpenFile(fd, ours, extension, backing_name, tables, space, scan.allocated, scan.zeroes, record, [], marks)
 
 
 def _drop_what_was_not_finished(fd: int, path: str, header: Header) -> None:
@@ -164,7 +171,7 @@ def write_header(fd: int, header: Header) -> None:
 
 
 class _Scan(Walk):
-    """Finds which clusters of the file are used, and which of the disk are not unallocated.
+    """Finds which clusters of the file are used, and which of the disk are not unallocated, or ZERO.
 
     Raises ImageError if an entry leads nowhere, or two lead to the same cluster: writing would then destroy data.
     """
@@ -174,12 +181,14 @@ class _Scan(Walk):
         clusters = -(-header.image_size // header.cluster_size)
         if clusters > MOST_CLUSTERS:
             raise ImageError(f"the disk has more than {MOST_CLUSTERS} clusters: it is not opened for writing")
-        self.allocated = zeros(clusters)
+        self.allocated, self.zeroes = zeros(clusters), zeros(clusters)
 
     def entries_found(self, cluster: int, entries: array[int], places: list[int]) -> None:
         behind = min(cluster + len(entries), len(self.allocated))
         if cluster < behind:
-            self.allocated[cluster:behind] = bitarray(map(bool, entries[: behind - cluster]))
+            here = entries[: behind - cluster]
+            self.allocated[cluster:behind] = bitarray(map(bool, here))
+            self.zeroes[cluster:behind] = bitarray(map(ZERO.__eq__, here))
 
     def bad_table(self, index: int, entry_offset: int, entry: int) -> None:
         raise ImageError(f"damaged QED image: L1 entry {index} leads to {entry:#x}, {_NO_PLACE}")

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 Done: TypeAlias = Callable[[Any, OSError | None], None]
 
 _SMALLEST_BUFFER = 64 << 10
-_POOL_BYTES = 16 << 20
 _LONGEST_STATUS = 1 << 30
 _STATUS_FLAGS = int(ExtentFlags.HOLE | ExtentFlags.ZERO)
 
@@ -49,7 +48,7 @@ class Piece(NamedTuple):
 class Command(ABC):
     """Something asked of a remote export, from the loop to the thread and back."""
 
-    __slots__ = ("done", "end", "error", "length", "offset", "pieces_left", "start", "urgent")
+    __slots__ = ("done", "end", "error", "held", "length", "offset", "pieces_left", "start", "taken_up", "urgent")
 
     def __init__(self, offset: int, length: int, done: Done, *, urgent: bool) -> None:
         self.offset = offset
@@ -61,6 +60,10 @@ class Command(ABC):
         self.done = done
         self.urgent = urgent
         self.pieces_left = 0
+        self.taken_up = False
+        """Whether the thread has it already: what comes again then is in a hurry."""
+        self.held = 0
+        """Bytes of the memory for payload that are reserved for it."""
         self.error: OSError | None = None
 
     def cut(self, alignment: Alignment) -> list[Piece]:
@@ -74,6 +77,10 @@ class Command(ABC):
         ]
         self.pieces_left = len(pieces)
         return pieces
+
+    def payload(self) -> int:
+        """Return how many bytes of payload it has to hold, as its buffer counts."""
+        return 0
 
     @abstractmethod
     def submit(self, piece: Piece, handle: Handle[Piece], pool: BufferPool) -> None:
@@ -92,6 +99,10 @@ class _Transfer(Command):
     def __init__(self, offset: int, length: int, done: Done, *, urgent: bool) -> None:
         super().__init__(offset, length, done, urgent=urgent)
         self._buffer = bytearray()
+
+    def payload(self) -> int:
+        """Return how many bytes of payload it has to hold, as its buffer counts."""
+        return buffer_size(self.end - self.start)
 
     def submit(self, piece: Piece, handle: Handle[Piece], pool: BufferPool) -> None:
         """Send a piece; raises OSError."""
@@ -174,31 +185,56 @@ class Status(Command):
         return extents_of(self._answer, self.start, self.offset, self.length)
 
 
+def buffer_size(length: int) -> int:
+    """Return how long a buffer is that is used again and holds ``length`` bytes."""
+    return max(_SMALLEST_BUFFER, 1 << (length - 1).bit_length())
+
+
 class BufferPool:
     """Buffers that are used again: a fresh one of a megabyte costs as much to fault in as to fill.
 
-    Only for data of one source: what a buffer held before is still in it. Any thread may take and give.
+    All of them together, those that wait to be used again included, take no more than ``memory`` bytes, but for one
+    that is longer. Only for data of one source: what a buffer held before is still in it. Any thread may call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
         self._lock = threading.Lock()
         self._free: dict[int, list[bytearray]] = {}
         self._free_bytes = 0
+        self._reserved = 0
+
+    def reserve(self, length: int, *, share: float = 1.0) -> bool:
+        """Set memory aside, if that leaves what is reserved within a share of all; a lone one always may."""
+        with self._lock:
+            if self._reserved and self._reserved + length > self._memory * share:
+                return False
+            self._reserved += length
+            return True
+
+    def release(self, length: int) -> None:
+        """Give back what was reserved."""
+        with self._lock:
+            self._reserved -= length
 
     def take(self, length: int) -> bytearray:
-        """Return a buffer of at least ``length`` bytes."""
-        size = max(_SMALLEST_BUFFER, 1 << (length - 1).bit_length())
+        """Return a buffer of at least ``length`` bytes, for which memory is reserved."""
+        size = buffer_size(length)
         with self._lock:
             if free := self._free.get(size):
                 self._free_bytes -= size
                 return free.pop()
+            while self._free_bytes and self._reserved + self._free_bytes > self._memory:
+                other = max(size for size, buffers in self._free.items() if buffers)
+                self._free[other].pop()
+                self._free_bytes -= other
         return bytearray(size)
 
     def give(self, buffer: bytearray) -> None:
-        """Take a buffer back that nothing refers to any more."""
+        """Take a buffer back that nothing refers to any more; its reservation still stands."""
         size = len(buffer)
         with self._lock:
-            if self._free_bytes + size <= _POOL_BYTES:
+            if self._reserved + self._free_bytes <= self._memory:
                 self._free_bytes += size
                 self._free.setdefault(size, []).append(buffer)
 

@@ -31,6 +31,13 @@ CopyDone: TypeAlias = Callable[[int | None, OSError | None], None]
 """The zero units that were not written (bit i: unit i), or what went wrong."""
 
 
+DEFAULT_STALL_SECONDS = 30.0
+"""What the disk of a source may take to spin up, or to fail over to another path (Linux gives a SCSI command 30 s)."""
+
+DEFAULT_MEMORY = 32 << 20
+"""Bytes: three quarters fill a line of 960 MB/s with a round trip of 25 ms."""
+
+
 class RemoteExport(BlockDevice):
     """An export of an NBD server, read over one or more connections in a thread of their own.
 
@@ -60,11 +67,15 @@ class RemoteExport(BlockDevice):
         connections: int = 4,
         tls_certificates: str | None = None,
         timeout: float = 10.0,  # noqa: ASYNC109 - it limits the thread, too
+        stall: float = DEFAULT_STALL_SECONDS,
+        memory: int = DEFAULT_MEMORY,
     ) -> RemoteExport:
         """Connect, and return when the first connection is ready.
 
         The others follow behind, if the server says that several connections see one disk.
         ``tls_certificates`` is the directory of ca-cert.pem, client-cert.pem and client-key.pem.
+        A connection is given up when nothing has arrived on it for ``stall`` seconds while something was asked for.
+        ``memory`` bounds the payload that is on its way, in bytes; a quarter of it is for what is urgent.
         Raises :class:`SourceError`, also when nobody answers for ``timeout`` seconds.
         """
         try:
@@ -76,6 +87,8 @@ class RemoteExport(BlockDevice):
             connections=connections,
             tls_certificates=tls_certificates,
             timeout=timeout,
+            stall=stall,
+            memory=memory,
             loop=asyncio.get_running_loop(),
         )
         try:
@@ -106,13 +119,14 @@ class RemoteExport(BlockDevice):
         zero_unit: int = 0,
         urgent: bool = False,
         write_back: bool = True,
-    ) -> None:
+    ) -> Copy:
         """Read a range and write it to ``fd`` at ``file_offset``, neither of it on the loop.
 
         With ``zero_unit``, of the range's units of so many bytes those that hold only zeroes are not
         written but told of. ``write_back`` has the kernel begin at once to bring the data to the disk: an
         fdatasync is needed all the same, and is shorter. ``fd`` must stay open until ``done``, which is
         called on the loop, never before this returns, and tells a failed write as it tells a failed read.
+        What is returned can be given to :meth:`hurry`.
         """
         command = Copy(offset, length, done, urgent=urgent)
         command.fd = fd
@@ -120,6 +134,13 @@ class RemoteExport(BlockDevice):
         command.zero_unit = zero_unit
         command.write_back = write_back
         self._submit(command)
+        return command
+
+    def hurry(self, command: Copy) -> None:
+        """Let a copy that was not urgent be so from now on."""
+        if not command.urgent and not self._closed:
+            command.urgent = True
+            self._thread.submit(command)
 
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:
         """Return the range as one buffer, which is the caller's."""

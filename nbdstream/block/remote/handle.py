@@ -59,7 +59,7 @@ class RemoteInfo:
 class Handle(Generic[T]):
     """A libnbd handle, and a tag of type T for each of its commands in flight."""
 
-    __slots__ = ("_nbd", "bytes_in_flight", "events", "fd", "in_flight", "ready")
+    __slots__ = ("_nbd", "active_at", "bytes_in_flight", "events", "fd", "in_flight", "ready")
 
     def __init__(self, uri: NbdUri, tls_certificates: str | None) -> None:
         """Make a handle that is not connected yet; raises :class:`HandleError` for TLS that cannot be had."""
@@ -76,6 +76,8 @@ class Handle(Generic[T]):
         self.in_flight: dict[int, tuple[T, int]] = {}
         """cookie -> (tag, bytes)"""
         self.bytes_in_flight = 0
+        self.active_at = 0.0
+        """When something last arrived, or the first of what is in flight was sent (time.monotonic)."""
         self.ready = False
         self.fd = -1
         """What to poll; -1 if the connection is gone."""
@@ -123,6 +125,20 @@ class Handle(Generic[T]):
                 self._nbd.aio_notify_write()
         except nbd.Error as error:
             raise HandleError(_reason(error, uri)) from error
+
+    def notice_death(self, seconds: float) -> None:
+        """Have the kernel notice within about ``seconds`` that a peer is gone that never said so, even if all is idle.
+
+        (What is alive and says nothing is noticed by whoever polls.)
+        """
+        with socket.socket(fileno=os.dup(self.fd)) as own:
+            if own.family == socket.AF_UNIX:
+                return
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(seconds / 2)))
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, round(seconds / 6)))
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1000))
 
     def info(self) -> RemoteInfo:
         """Return what the server said; raises :class:`HandleError` if that cannot be."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -29,11 +30,19 @@ log = logging.getLogger(__name__)
 LONGEST_REQUEST = 32 << 20
 """Bytes: what a client may send to a server that names no limit (proto.md, "Block size constraints")."""
 
+BULK_SHARE = 0.75
+"""Of the memory for payload: the rest is for what somebody waits for."""
+
 IN_FLIGHT = 16
 """Requests a connection: what qemu-nbd and nbdkit work on at a time. More would only keep urgent ones waiting."""
 
 IN_FLIGHT_URGENT = 64
 """The same for urgent requests: libnbd's advice (libnbd(3), "Issuing multiple in-flight requests")."""
+
+_REOPEN_SECONDS = 5.0
+_LONGEST_REOPEN_SECONDS = 60.0
+"""A connection that broke while others live is made again after so long; then after twice as long, and so on: looking
+up the server's name may keep the thread, and with it the other connections, for seconds."""
 
 _CLOSED = "the server closed the connection"
 
@@ -53,12 +62,19 @@ class RemoteThread:
         connections: int,
         tls_certificates: str | None,
         timeout: float,
+        stall: float,
+        memory: int,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._uri = uri
         self._wanted = connections
         self._tls_certificates = tls_certificates
         self._timeout = timeout
+        self._stall = stall
+        self._look_at = math.inf
+        """When to see whether an answer is overdue (time.monotonic)."""
+        self._reopen_at = math.inf
+        self._reopen_pause = _REOPEN_SECONDS
         self.connected: asyncio.Future[RemoteInfo] = loop.create_future()
         """Done when the first connection is ready; HandleError if it never will be."""
         self.lost: asyncio.Future[str] = loop.create_future()
@@ -68,7 +84,9 @@ class RemoteThread:
         self._stopping = False
         self._info: RemoteInfo | None = None
         self._alignment = Alignment(0, 1, LONGEST_REQUEST)
-        self._pool = BufferPool()
+        self._pool = BufferPool(memory)
+        self._starved = False
+        """Whether something waits for memory."""
         self._ready: list[_Handle] = []
         self._connecting: dict[_Handle, float] = {}
         """Handle -> when it must be ready (time.monotonic)."""
@@ -114,8 +132,7 @@ class RemoteThread:
         for fd, revents in self._mailbox.sleep(0 if self._stopping else self._idle_milliseconds()):
             if handle := self._by_fd.get(fd):
                 self._notify(handle, revents)
-        if self._connecting:
-            self._expire()
+        self._expire()
         self._mailbox.tell()
 
     # Connecting.
@@ -128,7 +145,7 @@ class RemoteThread:
 
     def _open_others(self) -> None:
         deadline = time.monotonic() + self._timeout
-        for _ in range(self._wanted - 1):
+        for _ in range(self._wanted - len(self._ready) - len(self._connecting)):
             try:
                 self._open_connection(deadline)
             except HandleError as error:
@@ -146,6 +163,9 @@ class RemoteThread:
             return
         del self._connecting[handle]
         self._ready.append(handle)
+        handle.notice_death(self._stall)
+        if len(self._ready) == self._wanted:
+            self._reopen_pause = _REOPEN_SECONDS
         if self._info is None:
             self._info = info
             self._alignment = _alignment(info)
@@ -154,19 +174,38 @@ class RemoteThread:
                 self._open_others()
 
     def _expire(self) -> None:
+        """Give up connections on which an answer is overdue, and make those anew that were lost.
+
+        This follows a look at what has arrived, so that an answer is never overdue because we were busy.
+        """
         now = time.monotonic()
-        for handle in [handle for handle, deadline in self._connecting.items() if deadline <= now]:
-            self._drop(handle, f"no answer within {self._timeout:g} seconds")
+        if self._connecting:
+            for handle in [handle for handle, deadline in self._connecting.items() if deadline <= now]:
+                self._drop(handle, f"no answer within {self._timeout:g} seconds")
+        if now >= self._look_at:
+            busy = [handle for handle in self._ready if handle.in_flight]
+            self._look_at = min((handle.active_at for handle in busy), default=math.inf) + self._stall
+            for handle in busy:
+                if handle.active_at + self._stall <= now:
+                    self._drop(handle, f"no answer for {self._stall:g} seconds")
+        if now >= self._reopen_at:
+            self._reopen_at = math.inf
+            if self._ready:
+                self._open_others()
 
     def _idle_milliseconds(self) -> float | None:
-        deadline = min(self._connecting.values(), default=float("inf"))
-        return None if deadline == float("inf") else max(0.0, deadline - time.monotonic()) * 1000 + 1
+        deadline = min(self._look_at, self._reopen_at, *self._connecting.values())
+        return None if deadline == math.inf else max(0.0, deadline - time.monotonic()) * 1000 + 1
 
     # Commands, from the inbox to a connection.
 
     def _accept(self) -> None:
         """Cut what came in into requests, and queue them."""
         while command := self._mailbox.take():
+            if command.taken_up:
+                self._hurry(command)
+                continue
+            command.taken_up = True
             if not self._ready:
                 command.error = OSError(errno.ENOTCONN, "the source is not connected")
             elif command.offset < 0 or command.offset + command.length > self._alignment.size:
@@ -176,13 +215,29 @@ class RemoteThread:
                 continue
             self._finish(command)
 
+    def _hurry(self, command: Command) -> None:
+        """Let what of a command is not on the line yet overtake all bulk data."""
+        mine = [piece for piece in self._bulk if piece.command is command]
+        if mine:
+            self._urgent.extend(mine)
+            self._bulk = deque(piece for piece in self._bulk if piece.command is not command)
+
     def _send(self) -> None:
         """Spread what is queued over the connections."""
         used = set()
-        while self._urgent and (handle := _least_loaded(self._ready, IN_FLIGHT_URGENT)):
+        self._starved = False
+        while (
+            self._urgent
+            and (handle := _least_loaded(self._ready, IN_FLIGHT_URGENT))
+            and self._has_memory(self._urgent[0].command, 1.0)
+        ):
             self._submit(self._urgent.popleft(), handle)
             used.add(handle)
-        while self._bulk and (handle := _least_loaded(self._bulk_handles(), IN_FLIGHT)):
+        while (
+            self._bulk
+            and (handle := _least_loaded(self._bulk_handles(), IN_FLIGHT))
+            and self._has_memory(self._bulk[0].command, BULK_SHARE)
+        ):
             self._submit(self._bulk.popleft(), handle)
             used.add(handle)
         for handle in used.intersection(self._ready):
@@ -192,7 +247,23 @@ class RemoteThread:
         """Of several connections one is kept free, so that what is urgent is never stuck behind bulk data."""
         return self._ready[1:] if len(self._ready) > 2 else self._ready
 
+    def _has_memory(self, command: Command, share: float) -> bool:
+        """Whether a command has memory for its payload, or gets some now."""
+        payload = command.payload()
+        if command.held or not payload:
+            return True
+        # Before it is tried: the store's thread may give some back meanwhile.
+        starved, self._starved = self._starved, True
+        if not self._pool.reserve(payload, share=share):
+            return False
+        self._starved = starved
+        command.held = payload
+        return True
+
     def _submit(self, piece: Piece, handle: _Handle) -> None:
+        if not handle.in_flight:
+            handle.active_at = time.monotonic()
+            self._look_at = min(self._look_at, handle.active_at + self._stall)
         try:
             piece.command.submit(piece, handle, self._pool)
         except OSError as error:
@@ -208,6 +279,7 @@ class RemoteThread:
 
     def _notify(self, handle: _Handle, revents: int) -> None:
         reason = _CLOSED
+        handle.active_at = time.monotonic()
         try:
             handle.notify(revents, self._uri)
         except HandleError as error:
@@ -251,6 +323,8 @@ class RemoteThread:
             self._lose(reason)
         else:
             log.warning("one connection to the source less, %d are left: %s", len(self._ready), reason)
+            self._reopen_at = min(self._reopen_at, time.monotonic() + self._reopen_pause)
+            self._reopen_pause = min(self._reopen_pause * 2, _LONGEST_REOPEN_SECONDS)
 
     def _lose(self, reason: str) -> None:
         self._abandon_all(connection_lost)
@@ -258,16 +332,19 @@ class RemoteThread:
 
     def _abandon_all(self, error: Callable[[], OSError]) -> None:
         for handle in [*self._ready, *self._connecting]:
-            self._abandon(handle, error)
+            try:
+                self._abandon(handle, error)
+            except Exception:  # whoever waits for the others must be told all the same
+                log.exception("a mistake of ours: a connection to the source is not given up cleanly")
         while self._urgent or self._bulk:
             self._retire((self._urgent or self._bulk).popleft(), error())
 
     def _abandon(self, handle: _Handle, error: Callable[[], OSError]) -> None:
-        self._unwatch(handle)
         if self._connecting.pop(handle, None) is None:
             self._ready.remove(handle)
         for piece in handle.abandon():
             self._retire(piece, error())
+        self._unwatch(handle)
 
     # Commands, from a connection to the loop.
 
@@ -292,6 +369,11 @@ class RemoteThread:
             except Exception:  # whoever waits must be told, whatever it is
                 log.exception("a mistake of ours: a command for the source fails")
                 command.error = OSError(errno.EIO, "an error in nbdstream, see the log")
+        if command.held:
+            self._pool.release(command.held)
+            command.held = 0
+            if self._starved:
+                self._mailbox.wake()
         self._mailbox.answer(command.done, result, command.error)
 
     def _finish_and_tell(self, copy: Copy) -> None:
