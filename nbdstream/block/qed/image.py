@@ -19,7 +19,7 @@ from nbdstream.block.qed.epochs import Epochs
 from nbdstream.block.qed.marks import AUTOCLEAR_MARKS, Marks
 from nbdstream.block.qed.opening import OpenFile, open_file
 from nbdstream.block.qed.rebase import replace_backing
-from nbdstream.block.qed.tables import PAGE_ENTRIES, UNALLOCATED, ZERO, Tables
+from nbdstream.block.qed.tables import PAGE_ENTRIES, ZERO, Tables
 from nbdstream.block.worker import Worker, as_os_error, pread_exact, pwrite_all, pwritev_all
 
 if TYPE_CHECKING:
@@ -145,17 +145,28 @@ class QedImage:
         not always as long as it could be.
         """
         entry = await self.entry(cluster)
+        step = 0
+        if entry > ZERO:
+            step = self.cluster_size
+            most = min(most, (self._space.end - entry) // step)
+        if self.unlinked:
+            return entry, self._run_unlinked(cluster, entry, step, most)
         count = 1
         while count < most:
             behind = cluster + count
-            if entry == UNALLOCATED and not self.unlinked and (skip := self._tables.absent(behind)):
-                count += min(skip, most - count)
-                continue
-            expected = entry + count * self.cluster_size if entry > ZERO else entry
-            if self.entry_now(behind) != expected:
+            absent = 0 if entry else self._tables.absent(behind)
+            more = absent or self._tables.follow_now(behind, entry + count * step, step, most - count)
+            count = min(most, count + more)
+            if not more or (not absent and (cluster + count) % PAGE_ENTRIES):
                 break
-            count += 1
         return entry, count
+
+    def _run_unlinked(self, cluster: int, entry: int, step: int, most: int) -> int:
+        """Return how long a run is, cluster by cluster: any of them can lead elsewhere than the tables say."""
+        count = 1
+        while count < most and self.entry_now(cluster + count) == entry + count * step:
+            count += 1
+        return count
 
     async def entry(self, cluster: int) -> int:
         """Return the L2 entry of a cluster, true until the next await."""

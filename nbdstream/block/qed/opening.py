@@ -110,7 +110,7 @@ def _look_through(fd: int, path: str, *, writable: bool, marked: bool) -> OpenFi
         # What is damaged is EIO when it is asked for; all else can be read.
         tables = Tables.load(fd, header, strict=False)
         links = recorded_links(fd, header, extension)
-        whole = Space(header.cluster_size, os.fstat(fd).st_size)
+        whole = Space(header.cluster_size, os.fstat(fd).st_size // header.cluster_size * header.cluster_size)
         return OpenFile(fd, header, extension, backing_name, tables, whole, bitarray(), bitarray(), None, links, None)
     os.fdatasync(fd)  # links that a kill -9 left unsynced would not be covered by our barriers
     if header.needs_check:
@@ -226,25 +226,27 @@ def create_file(
 def _make(directory: int, name: str, write: Callable[[int], None]) -> None:
     """Make a file that has its name only when it is complete and durable: a crash leaves it whole, or not at all."""
     flags = os.O_RDWR | os.O_CLOEXEC
+    unfinished = None
     try:
-        fd, named = os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=directory), False
+        fd = os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=directory)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
             raise
-        # A file system without O_TMPFILE (NFS): a crash in the next milliseconds leaves a file that must be removed.
-        fd, named = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory), True
+        # A file system without O_TMPFILE (NFS): a crash leaves a file that says by its name what it is.
+        unfinished = f".{name[:200]}.{os.getpid()}.unfinished"
+        fd = os.open(unfinished, flags | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=directory)
     try:
         write(fd)
         os.fsync(fd)
-        if not named:
+        if unfinished:
+            os.link(unfinished, name, src_dir_fd=directory, dst_dir_fd=directory)
+        else:
             os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
         os.fsync(directory)
-    except OSError:
-        if named:
-            os.unlink(name, dir_fd=directory)
-        raise
     finally:
         os.close(fd)
+        if unfinished:
+            os.unlink(unfinished, dir_fd=directory)
 
 
 def _write_new(fd: int, header: Header, extension: Extension, backing_name: str | None) -> None:

@@ -10,6 +10,7 @@ What the file holds is what the cache holds: only :meth:`Tables.link` changes en
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import struct
 from array import array
@@ -42,6 +43,11 @@ BAD_TABLE = 1
 
 _NO_TABLE = memoryview(bytes(PAGE_BYTES)).cast("Q")
 """The page that stands for an L2 table that does not exist."""
+
+
+# Numbers of so many digits of 64 bits: 1, 1, 1, ... and, from the lowest on, 0, 1, 2, ...
+_ONES = [((1 << 64 * count) - 1) // ((1 << 64) - 1) for count in range(PAGE_ENTRIES + 1)]
+_RAMP = list(itertools.accumulate((digit << 64 * digit for digit in range(PAGE_ENTRIES)), initial=0))
 
 
 class Tables:
@@ -123,6 +129,21 @@ class Tables:
                 break
         clusters = -(-self._header.image_size // self._geometry.cluster_size)
         return [cluster for cluster in found[:most] if cluster < clusters]
+
+    def follow_now(self, cluster: int, entry: int, step: int, most: int) -> int:
+        """Return how many clusters from ``cluster`` on have the entries ``entry``, ``entry + step``, and so on.
+
+        ``most`` at most, and none beyond the page of ``cluster``, or where that would have to be read first.
+        """
+        page, within = divmod(cluster, PAGE_ENTRIES)
+        entries = self.page_now(page)
+        if entries is None:
+            return 0
+        count = min(most, PAGE_ENTRIES - within)
+        # All at once, as one long number: in Python that is a hundred times faster than one by one.
+        found = int.from_bytes(entries[within : within + count].tobytes(), "little")
+        wrong = found ^ (entry * _ONES[count] + step * _RAMP[count])
+        return count if not wrong else min(count, (wrong & -wrong).bit_length() - 1 >> 6)
 
     def page_now(self, page: int) -> memoryview | None:
         """Return the 512 entries of a page (format Q), or None if reading them would block."""

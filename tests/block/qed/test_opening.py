@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING
 
@@ -395,6 +396,46 @@ def test_an_image_that_cannot_be_finished_is_removed(
     with pytest.raises(ImageError, match="No space left"):
         create_file(str(tmp_path / "image"), 1 << 20, cluster_size=65536, table_size=4, backing_name=None)
     assert os.listdir(tmp_path) == []
+
+
+def without_tmpfile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the file system be one that cannot make files without a name."""
+    real = os.open
+
+    def refusing(path: str, flags: int, *args: int, **options: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real(path, flags, *args, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_where_files_cannot_be_made_without_a_name_an_image_appears_whole_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    without_tmpfile(monkeypatch)
+    seen = []
+
+    def sync(_fd: int) -> None:
+        seen.append(os.listdir(tmp_path))
+        if fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    path = str(tmp_path / "image")
+    if fails:
+        with pytest.raises(ImageError, match="No space left"):
+            create_file(path, 1 << 20, cluster_size=65536, table_size=4, backing_name=None)
+        assert os.listdir(tmp_path) == []
+        return
+    create_file(path, 1 << 20, cluster_size=65536, table_size=4, backing_name=None)
+    assert [name.endswith(".unfinished") for name in seen[0]] == [True]
+    assert os.listdir(tmp_path) == ["image"]
+    assert qed.qemu_check(path).status == 0
+    with pytest.raises(ImageError, match="exists"):
+        create_file(path, 1 << 20, cluster_size=65536, table_size=4, backing_name=None)
+    assert os.listdir(tmp_path) == ["image"]
 
 
 def test_an_image_of_an_impossible_size_is_not_begun(tmp_path: Path) -> None:

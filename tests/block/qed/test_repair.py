@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nbdstream.block.qed import record
+from nbdstream.block.qed.check import check
 from nbdstream.block.qed.layout import Header
 from nbdstream.block.qed.mend import Range
+from nbdstream.block.qed.opening import create_file, open_file, read_header_of
 from nbdstream.block.qed.repair import RepairResult, repair
+from nbdstream.block.qed.replay import recorded_links
 from nbdstream.errors import ImageError
+from tests.support.crash import Recorder
 from tests.support.qed import (
     SMALL_GEOMETRIES,
     RawImage,
@@ -314,3 +319,72 @@ def test_any_damage_is_repaired_and_what_could_be_read_is_read(image: RawImage, 
     changed = [n for n, (old, new) in enumerate(zip(before, after, strict=True)) if old not in (None, new)]
     # What was read from a table as if it were data shows how the table is repaired.
     assert len(changed) <= result.copied.bytes // CLUSTER
+
+
+# -- power cuts ---------------------------------------------------------------------------------------------------
+
+
+def read_as(content: bytes, path: Path) -> list[bytes | None]:
+    path.write_bytes(content)
+    return Disk(str(path)).clusters
+
+
+@pytest.mark.parametrize("attempt", range(8))
+def test_a_power_cut_during_a_repair_makes_nothing_worse(
+    image: RawImage, tmp_path: Path, seed: int, attempt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every cluster reads as it did or as it will; and the repair is simply made again."""
+    rng = random.Random(seed)
+    for cluster in rng.sample(range(10), 4):
+        image.put(image.l2_offset(cluster), 0)
+    image.put(image.l2_offset(20), image.get(image.l2_offset(SPAN + 1)))
+    image.put(image.l2_offset(21), 1 << 40)
+    image.put(image.l2_offset(SPAN + 30), os.path.getsize(image.path))
+    if attempt % 2:
+        image.put(image.l1_offset(1), image.get(image.l1_offset(0)))
+    before = Disk(image.path).clusters
+    recorder = Recorder(image.path, monkeypatch)
+    repaired(image.path)
+    after = Disk(image.path).clusters
+    monkeypatch.undo()
+    for _ in range(60):
+        state = recorder.power_cut(rng.randrange(1, recorder.end + 2), rng)
+        found = read_as(state, tmp_path / "state")
+        for cluster, seen in enumerate(found):
+            assert seen in (before[cluster], after[cluster]), f"cluster {cluster}"
+    repaired(str(tmp_path / "state"))
+    assert found_by_qemu(str(tmp_path / "state")) == CLEAN
+    assert Disk(str(tmp_path / "state")).clusters == after
+
+
+def test_a_repair_that_finds_no_room_changes_no_entry(image: RawImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    image.put(image.l2_offset(20), image.get(image.l2_offset(4)))
+    before = bytes_of(image.path)
+    room = os.statvfs(image.path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstatvfs", lambda _fd: os.statvfs_result((*room[:4], 0, *room[5:])))
+        with pytest.raises(ImageError, match="has room for 0"):
+            repaired(image.path)
+    assert bytes_of(image.path) == before
+
+
+def test_what_a_killed_owner_acknowledged_is_linked_before_anything_is_repaired(
+    tmp_path: Path, own_records: None
+) -> None:
+    path = str(tmp_path / "own")
+    create_file(path, SPAN * CLUSTER, cluster_size=CLUSTER, table_size=2, backing_name=None)
+    with open(path, "r+b") as file:
+        opened = open_file(path, lambda _fd: None, writable=True)
+        assert opened.record
+        place = opened.space.end + 3 * CLUSTER
+        os.pwrite(opened.fd, b"\x11" * CLUSTER, place)
+        opened.record.note(7, place)
+        os.close(opened.fd)
+        header, extension, _ = read_header_of(file.fileno())
+        found = check(file.fileno(), recorded_links(file.fileno(), header, extension))
+        assert (found.status, found.leaks) == (3, 4)
+    result = repaired(path)
+    assert result.left.status == 0
+    assert content(path) == bytes(7 * CLUSTER) + b"\x11" * CLUSTER + bytes((SPAN - 8) * CLUSTER)
+    assert os.listdir(record.DIRECTORY) == []
+    assert RawImage(path).get(32) == 0

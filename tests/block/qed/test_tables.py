@@ -222,3 +222,33 @@ def test_an_l1_table_of_several_pages_is_linked_in_the_right_place(
     tables.link({550: place}, [])
     assert qed.RawImage(path).get(qed.RawImage(path).l1_offset(550)) == place
     assert [(index, entry) for index, entry in enumerate(load(path).l1) if entry] == [(550, place)]
+
+
+@pytest.mark.parametrize("first", [UNALLOCATED, ZERO, 100 * CLUSTER, (1 << 62) - CLUSTER * SPAN])
+@pytest.mark.parametrize("cut", [1, 2, 63, 300, 800])
+@pytest.mark.parametrize("start", [0, 5, PAGE_ENTRIES - 1])
+def test_entries_are_followed_as_far_as_they_go(
+    path: str, load: Callable[[str], Tables], first: int, cut: int, start: int
+) -> None:
+    step = CLUSTER if first > ZERO else 0
+    tables, raw = load(path), qed.RawImage(path)
+    for cluster in range(PAGE_ENTRIES + 10):
+        raw.put(raw.l2_offset(cluster), first + cluster * step)
+    raw.put(raw.l2_offset(cut), 77 * CLUSTER + 1)
+    expected = min(PAGE_ENTRIES, cut if cut > start else PAGE_ENTRIES) - start
+    assert tables.follow_now(start, first + start * step, step, 1 << 40) == expected
+    assert tables.follow_now(start, first + start * step, step, 3) == min(3, expected)
+    assert tables.follow_now(start, first + (start + 1) * CLUSTER, step, 10) == 0
+
+
+def test_a_table_that_is_nowhere_is_an_error_where_it_is_asked_for(path: str) -> None:
+    raw = qed.RawImage(path)
+    raw.put(raw.l1_offset(2), 12345)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        tables = Tables.load(fd, Header.parse(os.pread(fd, HEADER_BYTES, 0), os.fstat(fd).st_size), strict=False)
+        assert entry(tables, 1) == ZERO
+        with pytest.raises(OSError, match="L1 entry 2 leads to no table"):
+            tables.page_now(2 * SPAN // PAGE_ENTRIES)
+    finally:
+        os.close(fd)
