@@ -456,7 +456,7 @@ class Overlay(BlockDevice):
         image = self.image
         if not self.read_only and not image.failed and sum(run for _, run in image.free_runs) <= _MOST_TIDIED:
             with suppress(OSError):  # a full disk; leaks do no harm
-                await tidy(image, self, fill=self.below is None)
+                await tidy(image, self, fill=self.below is None and not self._misses_backing)
         await image.close()
         if self.below:
             await self.below.close()

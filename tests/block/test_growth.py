@@ -173,6 +173,24 @@ async def test_without_its_backing_file_an_image_grows_only_if_that_is_known_to_
     assert qemu_info(known)["virtual-size"] == 2 * SIZE
 
 
+async def test_what_is_below_and_not_at_hand_is_not_taken_for_zeroes(tmp_path: Path) -> None:
+    """Leaks in front of a table cannot be cut off, and nothing may be filled with them."""
+    path = str(tmp_path / "image")
+    create_file(path, 2 << 22, cluster_size=CLUSTER, table_size=2, backing_name="nbd://host/disk", origin_size=2 << 22)
+    overlay = await opened(path, b"\x33" * (2 << 22))
+    await overlay.write(0, b"x" * 10 * CLUSTER)
+    await overlay.write(1 << 22, b"y" * CLUSTER)
+    await overlay.close()
+    image = RawImage(path)
+    for cluster in range(10):
+        image.put(image.l2_offset(cluster), 0)
+    device = await open_device(path, "qed", [], writable=True, alone=True)
+    assert isinstance(device, Overlay)
+    await grow(device, 3 << 22)
+    await device.close()
+    assert [image.get(image.l2_offset(cluster)) for cluster in range(1024)] == [0] * 1024
+
+
 async def test_a_full_disk_leaves_the_size_as_it_was(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     overlay = await opened(path, b"\x33" * 150 * CLUSTER)
 

@@ -11,6 +11,7 @@ place is used again. A power cut leaves leaks at worst, as they were before. Eve
 from __future__ import annotations
 
 import os
+from array import array
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,15 +23,11 @@ from nbdstream.block.qed.walk import Walk
 from nbdstream.block.worker import pread_exact, pwrite_all
 
 if TYPE_CHECKING:
-    from array import array
     from collections.abc import Callable, Iterable
 
     from bitarray import bitarray
 
     from nbdstream.block.qed.layout import Header
-
-_L1 = -1
-"""Stands for the L1 table where others stand for L2 tables by their L1 index."""
 
 _MOVED_AT_ONCE = 4096
 """Clusters between two barriers."""
@@ -56,8 +53,10 @@ class _Compaction:
         self._used: bitarray = walk.used
         self._tables: bitarray = zeros(len(walk.used))
         self._tables[: header.header_size] = 1
-        self._place_of = {_L1: header.l1_table_offset >> self._shift, **walk.places}
-        for place in self._place_of.values():
+        self._l1 = header.geometry.entries
+        self._place_of = walk.places
+        self._place_of.append(header.l1_table_offset >> self._shift)  # its index is behind those of the L2 tables
+        for place in filter(None, self._place_of):
             self._mark(self._tables, place, used=True)
 
     def run(self) -> Header:
@@ -73,10 +72,10 @@ class _Compaction:
     def _move_tables_below(self) -> None:
         """Have all tables lie in front of the new end."""
         table_size = self._header.table_size
-        moving = [index for index, place in self._place_of.items() if place + table_size > self._size]
+        moving = [index for index, place in enumerate(self._place_of) if place + table_size > self._size]
         places = self._room_for_tables(len(moving))
         if len(places) < len(moving):  # they stand in each other's way
-            moving = list(self._place_of)
+            moving = [index for index, place in enumerate(self._place_of) if place]
             self._move_tables({index: self._append(table_size) for index in moving})
             places = self._room_for_tables(len(moving))
         wanted = zeros(len(self._used))
@@ -102,19 +101,19 @@ class _Compaction:
     def _move_tables(self, targets: dict[int, int]) -> None:
         """Move tables to clusters that are free; durable when this returns."""
         for index, target in targets.items():
-            if index != _L1:
+            if index != self._l1:
                 self._copy_table(self._place_of[index], target)
         os.fdatasync(self._fd)
-        l1_place = self._place_of[_L1] << self._shift
+        l1_place = self._place_of[self._l1] << self._shift
         write_entries(
             self._fd,
-            ((l1_place + index * 8, target << self._shift) for index, target in targets.items() if index != _L1),
+            ((l1_place + index * 8, target << self._shift) for index, target in targets.items() if index != self._l1),
         )
         os.fdatasync(self._fd)
-        if _L1 in targets:
-            self._copy_table(self._place_of[_L1], targets[_L1])
+        if self._l1 in targets:
+            self._copy_table(self._place_of[self._l1], targets[self._l1])
             os.fdatasync(self._fd)
-            self._header = replace(self._header, l1_table_offset=targets[_L1] << self._shift)
+            self._header = replace(self._header, l1_table_offset=targets[self._l1] << self._shift)
             pwrite_all(self._fd, self._header.pack(), 0)
             os.fdatasync(self._fd)
         for index, target in targets.items():
@@ -174,11 +173,12 @@ class _Compaction:
 
 
 class _Tables(Walk):
-    """Finds where the L2 tables are, in clusters of the file."""
+    """Finds where the L2 tables are."""
 
     def __init__(self, fd: int, header: Header) -> None:
         super().__init__(fd, header)
-        self.places: dict[int, int] = {}
+        self.places = array("Q", bytes(8 * self.geometry.entries))
+        """By L1 index, in clusters of the file; 0 where there is none."""
 
     def table_found(self, index: int, offset: int) -> None:
         self.places[index] = offset >> self.cluster_shift

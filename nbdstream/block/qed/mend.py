@@ -28,6 +28,9 @@ MOST_COPIES = 1 << 20
 """Clusters that are copied at most. A wrong entry for a whole table needs 32768 at the default geometry; what needs a
 million is no damage but a construction, which would fill the disk."""
 
+MOST_TABLES = 1024
+"""L2 tables that are copied at most: as many as a damaged sector of the L1 table has entries, sixteen times."""
+
 _KEPT_RANGES = 1000
 _COPY_BYTES = 1 << 20
 _ENTRIES_AT_ONCE = 1 << 16
@@ -155,12 +158,14 @@ class _PartDoubles(_Mending):
         self._dry = dry
         self._end = self.file_size >> self.cluster_shift
         self._copies = 0
+        self._tables = 0
         self._entry_offsets = array("Q")
         self._entries = array("Q")
 
     def taken_table(self, index: int, entry_offset: int, entry: int, overlap: int) -> None:
-        table = read_table(self._fd, self.header, entry)
+        self._tables += 1
         place = self._append(self.header.table_size)
+        table = read_table(self._fd, self.header, entry)
         first = index * self.geometry.entries
         for within, found in enumerate(table):
             if found > 1:
@@ -196,10 +201,9 @@ class _PartDoubles(_Mending):
     def _append(self, count: int) -> int:
         """Return the place of new clusters behind the end of the file."""
         self._copies += count
-        if self._copies > min(MOST_COPIES, self.file_size >> self.cluster_shift):
+        if self._tables > MOST_TABLES or self._copies > min(MOST_COPIES, self.file_size >> self.cluster_shift):
             raise ImageError(
-                "the tables are tangled: to give each part of the disk a place of its own, the file would have to grow "
-                "by more than itself"
+                "the tables are tangled: more would have to be copied than any accident makes necessary, or than there is"
             )
         place = self._end << self.cluster_shift
         self._end += count
