@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bitarray.util import ones
+
 from nbdstream.block.qed.tables import UNALLOCATED, ZERO
 from nbdstream.errors import ImageError
 
@@ -31,6 +33,7 @@ async def grow(overlay: Overlay, size: int) -> None:
     if new == overlay.size:
         return
     below_end = _below_end(overlay)
+    overlay.zero.extend(ones(max(0, -(-new // image.cluster_size) - len(overlay.zero))))
     await _cover_tail(overlay, below_end)
     await _cover_clusters(overlay, new, below_end)
     await overlay.flush()

@@ -89,10 +89,10 @@ async def test_a_pause_holds_until_it_is_resumed(
     job = started(stream)
     await disk.asked.wait()
     job.pause()
-    asked = len(disk.reads)
     disk.gate.set()
-    while stream.fetches.bytes_in_flight:
+    while stream.fetches.bytes_in_flight:  # what was asked for before is kept
         await asyncio.sleep(0.001)
+    asked = len(disk.reads)
     assert job.status is JobStatus.PAUSED
     assert await stream.read(15 * CLUSTER, 5) == disk.data[15 * CLUSTER : 15 * CLUSTER + 5]
     await asyncio.sleep(0.05)

@@ -203,7 +203,7 @@ class _PartDoubles(_Mending):
         self._copies += count
         if self._tables > MOST_TABLES or self._copies > min(MOST_COPIES, self.file_size >> self.cluster_shift):
             raise ImageError(
-                "the tables are tangled: more would have to be copied than there is, or than an accident makes necessary"
+                "the tables are tangled: more would have to be copied than there is, or than an accident explains"
             )
         place = self._end << self.cluster_shift
         self._end += count
