@@ -63,6 +63,7 @@ def test_uris_are_read_as_uri_md_says(text: str, uri: NbdUri) -> None:
         ("nbd:unix:/run/s:exportname=x", "must look like"),
         ("http://h/x", "the scheme must be one of"),
         ("nbd+vsock://2/", "the scheme must be one of"),
+        ("nbd+ssh://-oProxyCommand=touch%20x/", "the scheme must be one of"),
         ("nbd://h/a b", "percent-encoded"),
         ("nbd://h/a\nb", "percent-encoded"),
         ("nbd://h/a%2", "two hexadecimal digits"),

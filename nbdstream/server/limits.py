@@ -35,7 +35,8 @@ class Limits:
 
     reply_backlog: int = 4 << 20
     """Per connection, replies that the client has not taken yet; beyond it no further requests are read. It holds 16
-    reads of 256 KiB, so a client that takes its replies steadily never meets it."""
+    reads of 256 KiB, so a client that takes its replies steadily never meets it. Inside TLS nothing more is encrypted
+    either."""
 
     linger_time: float = 10.0
     """From the last reply to the end of a connection: a client that does not take what it asked for is then cut off."""

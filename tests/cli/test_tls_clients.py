@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.certificates import Authority
-from tests.support.processes import Process, nbdstream, wait_until
+from tests.support.processes import Command, Process, nbdstream, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -134,3 +134,16 @@ def test_a_server_that_requires_tls_is_not_used_without(
     address = serve(authority.server(tmp_path / "server"))
     result = nbdstream(*COMMANDS[command](f"nbd://{address}", f"{tmp_path}/overlay.qed"), status=1)
     assert "the server requires TLS: use nbds://" in result.stderr
+
+
+@every_command
+def test_a_server_without_tls_is_not_used_where_tls_is_wanted(tmp_path: Path, client: str, command: str) -> None:
+    # Somebody on the line who takes STARTTLS away looks like this.
+    with open(f"{tmp_path}/disk", "wb") as disk:
+        disk.truncate(1 << 20)
+    with Command("serve", f"{tmp_path}/disk", "-p", "0") as server:
+        address = server.wait_until_serving().removeprefix("nbd://").rstrip("/").replace("127.0.0.1", "localhost")
+        (line,) = connect(command, address, client, f"{tmp_path}/overlay.qed", 1).splitlines()
+    assert address in line
+    assert "TLS" in line
+    assert not os.path.exists(f"{tmp_path}/overlay.qed")

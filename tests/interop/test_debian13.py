@@ -1,4 +1,4 @@
-"""Debian 13's clients, which speak extended headers: nbdinfo and nbdcopy of libnbd 1.22, QEMU 10, nbdkit 1.42.
+"""Debian 13's clients, which speak extended headers: nbdinfo, nbdcopy and nbdsh of libnbd 1.22, QEMU 10, nbdkit 1.42.
 
 They live in the chroot that ``scripts/peers debian13`` makes. That takes root, a mirror and half a minute, so these are
 soak tests: ``scripts/test --soak tests/interop/test_debian13.py``.
@@ -7,6 +7,7 @@ soak tests: ``scripts/test --soak tests/interop/test_debian13.py``.
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import pytest
 
 from tests.support.certificates import Authority
 from tests.support.harness import make_image
-from tests.support.processes import Command, run
+from tests.support.processes import Command, Process, run, wait_until
 
 if TYPE_CHECKING:
     import subprocess
@@ -84,6 +85,52 @@ def test_nbdcopy_copies_from_one_export_to_another(site: Site) -> None:
     site.same()
 
 
+NBDSH = """
+h.add_meta_context("base:allocation")
+h.connect_uri(uri)
+assert h.get_extended_headers_negotiated()
+size, gib = h.get_size(), 1 << 30
+
+def fails(errno, call, *arguments, **named):
+    try:
+        call(*arguments, **named)
+    except nbd.Error as error:
+        assert error.errno == errno, error
+    else:
+        assert False, (call, arguments)
+
+def extents(*arguments, **named):
+    told = []
+    h.block_status_64(*arguments, lambda name, offset, found, error: told.append((name, found)), **named)
+    return told
+
+data = b"0123456789abcdef" * (1 << 18)
+h.pwrite(data, 5 * gib - 4096, nbd.CMD_FLAG_FUA)
+assert h.pread(len(data), 5 * gib - 4096) == data
+h.zero(size - 100, 100)
+assert h.pread(len(data), 5 * gib - 4096) == bytes(len(data))
+((name, found),) = extents(size, 0)
+assert name == "base:allocation" and found[-1][0] > 4 * gib and found[-1][1] == 3, found
+h.trim(size, 0)
+h.cache(size, 0)
+told = []
+h.block_status_filter(size, 0, ["base:allocation"], lambda name, offset, found, error: told.append(found))
+assert told == [[(size, 3)]], told
+assert extents(1 << 20, 5 * gib, flags=nbd.CMD_FLAG_REQ_ONE) == [("base:allocation", [(1 << 20, 3)])]
+h.set_strict_mode(0)
+fails("ENOSPC", h.zero, size, 1)
+fails("EINVAL", h.trim, size, 1)
+fails("EINVAL", h.pread, 512, size)
+fails("EINVAL", h.block_status_64, 0, 0, lambda *_: 0)
+h.flush()
+h.shutdown()
+"""
+
+
+def test_nbdsh_gets_every_answer_right(site: Site) -> None:
+    site.peer("nbdsh", "-c", f"uri = {site.uri('scratch')!r}", "-c", NBDSH)
+
+
 def test_qemu_img_converts_and_compares(site: Site) -> None:
     disk, scratch = site.uri("disk"), site.uri("scratch")
     site.peer("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", disk, scratch)
@@ -105,6 +152,18 @@ def test_qemu_nbd_lists_what_there_is(site: Site) -> None:
     said = site.peer("qemu-nbd", "--list", "-k", site.socket).stdout
     assert "export: 'disk'" in said
     assert "export: 'scratch'" in said
+
+
+def test_qemu_storage_daemon_serves_us_on(site: Site) -> None:
+    proxy = f"{site.directory}/proxy.sock"
+    node = f"driver=nbd,node-name=disk,read-only=on,export=disk,server.type=unix,server.path={site.socket}"
+    with Process(
+        *(PEERS, "debian13", "--bind", str(site.directory), "--", "qemu-storage-daemon", "--blockdev", node),
+        *("--nbd-server", f"addr.type=unix,addr.path={proxy}", "--export", "type=nbd,id=disk,node-name=disk,name="),
+    ):
+        wait_until(lambda: os.path.exists(proxy), proxy)
+        site.peer("nbdcopy", f"nbd+unix:///?socket={proxy}", site.uri("scratch"))
+    site.same()
 
 
 def test_nbdkit_serves_us_on_as_a_proxy(site: Site) -> None:

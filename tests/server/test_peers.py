@@ -13,9 +13,10 @@ import pytest
 from nbdstream.block.raw import RawImage
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
+from tests.support.processes import PATIENCE_SECONDS, Process
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
 pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
@@ -243,3 +244,23 @@ async def test_nbdkit_serves_us_on_as_a_proxy(served: Served, directory: str) ->
     )
     with open(served.copy, "rb") as one, open(served.scratch, "rb") as other:
         assert one.read() == other.read()
+
+
+async def test_qemu_storage_daemon_serves_us_on(served: Served, directory: str) -> None:
+    server = f"server.type=unix,server.path={served.socket}"
+    await served_on(f"driver=nbd,node-name=disk,read-only=on,export=copy,{server}", [], directory, served.scratch)
+    with open(served.copy, "rb") as one, open(served.scratch, "rb") as other:
+        assert one.read() == other.read()
+
+
+async def served_on(node: str, objects: Sequence[str], directory: str, destination: str) -> None:
+    """Copy what QEMU's storage daemon reads from its block node ``disk``."""
+    proxy = f"{directory}/proxy"
+    with Process(
+        *("qemu-storage-daemon", *objects, "--blockdev", node, "--nbd-server", f"addr.type=unix,addr.path={proxy}"),
+        *("--export", "type=nbd,id=disk,node-name=disk,name="),
+    ):
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not os.path.exists(proxy):
+                await asyncio.sleep(0.01)
+        await run("nbdcopy", f"nbd+unix:///?socket={proxy}", destination)

@@ -11,7 +11,7 @@ from nbdstream.block.raw import RawImage
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
 from nbdstream.server.tls import TlsPolicy, server_context
-from tests.server.test_peers import SIZE, make_image, run
+from tests.server.test_peers import SIZE, make_image, run, served_on
 from tests.support.certificates import Authority
 
 if TYPE_CHECKING:
@@ -133,6 +133,13 @@ async def test_nbdkit_serves_us_on_as_a_proxy(secured: Secured, directory: str) 
         *("tls=require", f"tls-certificates={secured.alice}"),
         *("--run", f"nbdcopy nbd+unix:///?socket={directory}/proxy {secured.scratch}"),
     )
+    assert secured.same(secured.copy, secured.scratch)
+
+
+async def test_qemu_storage_daemon_serves_us_on(secured: Secured, directory: str) -> None:
+    server = f"server.type=inet,server.host=localhost,server.port={secured.port}"
+    node = f"driver=nbd,node-name=disk,read-only=on,export=copy,tls-creds=tls,{server}"
+    await served_on(node, ["--object", secured.credentials], directory, secured.scratch)
     assert secured.same(secured.copy, secured.scratch)
 
 

@@ -35,6 +35,8 @@ class Attacked:
     def __init__(self, path: str, process: Process) -> None:
         self.path = path
         self.process = process
+        self.port = int(process.wait_for("serving").rpartition(" ")[2])
+        """On 127.0.0.1, where connections can be reset."""
         self.clients: list[RawClient] = []
         self.descriptors = 0
         """Files and sockets that it has open when nobody attacks it."""

@@ -7,7 +7,7 @@ DIR/tls. The images are made in DIR:
 - ``huge``: writable, 16 GiB of nothing;
 - ``comb``: read-only, 32 MiB, every second page of which is a hole.
 
-It says ``serving`` when clients can connect, and ends at SIGTERM.
+It says ``serving`` and a TCP port of 127.0.0.1 when clients can connect, and ends at SIGTERM.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ async def _serve(path: str, directory: str, limits: Limits, tls: TlsPolicy | Non
         server = NbdServer(exports, limits=limits, tls=tls)
         stack.push_async_callback(server.close, 5.0)
         await server.listen_unix(path)
-        print("serving", file=sys.stderr)
+        await server.listen_tcp("127.0.0.1", 0)
+        port = next(uri for uri in server.uris if "127.0.0.1" in uri).rpartition("/")[0].rpartition(":")[2]
+        print("serving", port, file=sys.stderr)
         await stop.wait()
 
 

@@ -26,7 +26,8 @@ from tests.support.attacked_server import DISK_SIZE, HUGE_SIZE, NUMBERS, PAGE
 
 LAST = (1 << 64) - 1
 HUGE = 0xFFFFFFFF
-LINGER_AND_RESET = struct.pack("ii", 1, 0)
+RESET = struct.pack("ii", 1, 0)
+"""For SO_LINGER: to close is to reset."""
 PAYLOAD = bytes(range(256)) * 4096
 PAYLOADLESS = [Cmd.READ, Cmd.TRIM, Cmd.CACHE, Cmd.WRITE_ZEROES, Cmd.BLOCK_STATUS]
 
@@ -277,6 +278,16 @@ async def test_clients_that_vanish_at_every_byte_of_a_session(attacked: Attacked
                 client.shutdown(socket.SHUT_WR)
         if not length % 50:
             await attacked.quiet()
+    await attacked.quiet()
+    assert await in_step(await attacked.open())
+
+
+async def test_connections_that_are_reset_at_any_moment_take_nobody_along(attacked: Attacked) -> None:
+    stream = session(structured=True)
+    for number in range(300):
+        with socket.create_connection(("127.0.0.1", attacked.port)) as client:
+            client.sendall(stream[: number * len(stream) // 300])
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     await attacked.quiet()
     assert await in_step(await attacked.open())
 
