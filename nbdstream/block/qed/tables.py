@@ -175,6 +175,8 @@ class Tables:
 
     def _keep(self, page: int, buffer: object) -> memoryview:
         entries = memoryview(buffer).cast("B").cast("Q")  # type: ignore[arg-type]  # any buffer
+        if buffer == _NO_TABLE.obj:
+            entries = _NO_TABLE  # as most are in a large disk with little in it: these take no memory
         if len(self._cache) >= CACHED_PAGES:
             del self._cache[next(iter(self._cache))]
         self._cache[page] = entries
@@ -236,7 +238,9 @@ class Tables:
             self.l1[index] = offset
         for cluster, entry in links:
             page = self._cache.get(cluster // PAGE_ENTRIES)
-            if page is not None:
+            if page is _NO_TABLE:
+                del self._cache[cluster // PAGE_ENTRIES]
+            elif page is not None:
                 page[cluster % PAGE_ENTRIES] = entry
 
 

@@ -66,6 +66,19 @@ def test_without_a_table_everything_is_unallocated(path: str, load: Callable[[st
     assert not any(page)
 
 
+def test_a_page_that_was_empty_holds_what_was_linked_to_it(path: str, load: Callable[[str], Tables]) -> None:
+    tables = load(path)
+    page = tables.page_now(1)
+    assert page is not None
+    assert not any(page)
+    links = [(PAGE_ENTRIES + 5, ZERO), (PAGE_ENTRIES + 6, ZERO)]
+    tables.link({}, links)
+    tables.linked({}, links)
+    page = tables.page_now(1)
+    assert page is not None
+    assert list(page[4:8]) == [UNALLOCATED, ZERO, ZERO, UNALLOCATED]
+
+
 def test_tables_beyond_the_image_size_have_pages_too(path: str, load: Callable[[str], Tables]) -> None:
     with open(path, "r+b") as file:
         file.seek(48)
