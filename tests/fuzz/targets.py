@@ -1,4 +1,4 @@
-"""What is fuzzed: the negotiation and the transmission core, by bytes alone, and what must hold whatever the bytes are.
+"""What is fuzzed: the NBD cores and the hand-over's messages, by bytes alone, and what must hold whatever they are.
 
 (And images: see :mod:`tests.fuzz.images`.)
 
@@ -9,15 +9,16 @@ Each target takes one input and raises AssertionError where the core breaks its 
 - it comes to the same result however the bytes are cut into portions.
 
 An input's first byte chooses the server or the agreement, its second one of the ways to cut; what follows is what the
-client sends: :func:`negotiation` and :func:`requests` tell which bits choose what.
+peer sends: each target tells which bits choose what.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from nbdstream.errors import ProtocolError
 from nbdstream.wire.export import Agreement, ExportInfo
+from nbdstream.wire.handover.messages import FROM_DESTINATION, FROM_SOURCE, MAXIMUM_LINE, Channel
 from nbdstream.wire.nbd import (
     EXTENDED_REQUEST,
     IHAVEOPT,
@@ -124,10 +125,26 @@ def requests(data: bytes) -> None:
         assert sum(map(_bytes_of, whole.requests)) + whole.left == len(data) - _HEAD
 
 
+def handover(data: bytes) -> None:
+    """The hand-over's messages. Bit 0: what a destination hears; else what a source hears."""
+    if len(data) < _HEAD:
+        return
+    decoder: Any = FROM_SOURCE if data[0] & 1 else FROM_DESTINATION
+    whole, *others = [_converse(portions, decoder) for portions in _ways_to_cut(data[1], data[_HEAD:])]
+    for other in others:
+        assert other == whole, f"{other} is not {whole}"
+    messages, error = whole
+    assert error is None or (error.isprintable() and len(error) <= _LONGEST_ANSWER)
+    sender, hearer = Channel(decoder), Channel(decoder)
+    for message in messages:
+        assert hearer.receive(sender.send(message)) == [message]
+
+
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "negotiation": negotiation,
     "requests": requests,
     "image": image,
+    "handover": handover,
 }
 
 
@@ -277,3 +294,20 @@ def _check_request(request: Request, agreement: Agreement) -> None:
     assert not (export.flags & TransmissionFlag.READ_ONLY and command in (Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES))
     assert command != Cmd.BLOCK_STATUS or (length and agreement.contexts)
     assert command != Cmd.READ or length <= export.maximum_payload
+
+
+# -- hand-over ----------------------------------------------------------------------------------------------
+
+
+def _converse(portions: Iterator[bytes], decoder: Any) -> tuple[list[Any], str | None]:
+    """Return the messages that were heard before the first error, one at a time, and the error."""
+    channel = Channel(decoder)
+    heard: list[Any] = []
+    try:
+        for portion in portions:
+            for line in portion.splitlines(keepends=True):
+                heard += channel.receive(line)
+            assert len(channel._input) <= MAXIMUM_LINE
+    except ProtocolError as error:
+        return heard, str(error)
+    return heard, None
