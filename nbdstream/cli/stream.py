@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fetch at most so much per second in the background (default: no limit)",
     )
     parser.add_argument(
+        "--guest-latency",
+        type=arguments.duration,
+        metavar="TIME",
+        help="fetch so gently that 99%% of the guest's requests that need no source take less: 5ms, 800us",
+    )
+    parser.add_argument(
         "--no-job", dest="job", action="store_false", help="serve, but stream nothing before somebody asks for it"
     )
     parser.add_argument(
@@ -120,6 +126,7 @@ async def run(options: argparse.Namespace) -> int:
             moved=options.rebase,
             job=options.job,
             speed=options.rate,
+            guest_latency=options.guest_latency,
         )
         try:
             for uri in disk.uris:

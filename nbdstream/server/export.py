@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbdstream.server.contexts import BASE_ALLOCATION, LAYERED_CONTEXTS, MetaContext
 from nbdstream.wire.export import ExportInfo
 from nbdstream.wire.nbd import TransmissionFlag
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    import asyncio
+    from collections.abc import Callable, Collection, Sequence
 
     from nbdstream.block.device import BlockDevice
 
@@ -62,6 +63,8 @@ class Export:
         """Clients that have it open now."""
         self.requests = 0
         """Requests taken since it was made, refused ones included."""
+        self.timed: Callable[[float, asyncio.Task[Any] | None], None] | None = None
+        """Told of every request that was not answered at once: the seconds that it took, and the task that it was."""
         self.bytes_read = 0
         """Payload that clients asked for since it was made."""
         self.bytes_written = 0

@@ -59,6 +59,7 @@ class InFlight:
         """Begin a valid request; its reply comes later, never before this returns."""
         self.requests += 1
         self._bytes += _held_bytes(request)
+        began = self._loop.time() if self._export.timed else 0.0
         command, flags, _, offset, length, payload, _ = request
         if command == _READ:
             self._export.bytes_read += length
@@ -66,16 +67,16 @@ class InFlight:
             self._export.bytes_written += length
         if command == _WRITE and payload and not flags & _FUA:
             try:
-                taken = self._export.device.write_now(offset, payload, partial(self._written, request))
+                taken = self._export.device.write_now(offset, payload, partial(self._written, request, began))
             except Exception as error:  # noqa: BLE001 - whatever a device does, one request fails
-                self._loop.call_soon(self._written, request, error)
+                self._loop.call_soon(self._written, request, began, error)
                 return
             if taken:
                 return
         task = self._loop.create_task(self._run(request))
         self._tasks[task] = command
         # Not at the end of the coroutine: a task that is cancelled before its first step never gets there.
-        task.add_done_callback(partial(self._ran, request))
+        task.add_done_callback(partial(self._ran, request, began))
 
     def cancel_reads(self) -> None:
         """Give up what nobody waits for any more. What changes the device is finished."""
@@ -88,7 +89,8 @@ class InFlight:
         for task in self._tasks:
             task.cancel()
 
-    def _written(self, request: Request, error: Exception | None) -> None:
+    def _written(self, request: Request, began: float, error: Exception | None) -> None:
+        self._time(began, None)
         if error:
             self._finish(request, [self._commands.failure(request, error)])
         else:
@@ -108,9 +110,14 @@ class InFlight:
         self._memory.give_back(request.payload)
         return reply
 
-    def _ran(self, request: Request, task: asyncio.Task[Sequence[Buffer]]) -> None:
+    def _ran(self, request: Request, began: float, task: asyncio.Task[Sequence[Buffer]]) -> None:
+        self._time(began, task)
         del self._tasks[task]
         self._finish(request, () if task.cancelled() else task.result())
+
+    def _time(self, began: float, task: asyncio.Task[Sequence[Buffer]] | None) -> None:
+        if began and (timed := self._export.timed):
+            timed(self._loop.time() - began, task)
 
     def _finish(self, request: Request, reply: Sequence[Buffer]) -> None:
         self.requests -= 1

@@ -31,9 +31,11 @@ from nbdstream.stream.events import (
     SourceLost,
     StatusChanged,
 )
+from nbdstream.stream.governor import Governor
 from nbdstream.stream.hydration import Hydration
 from nbdstream.stream.hydrator import Hydrator
 from nbdstream.stream.job import StreamJob
+from nbdstream.stream.latency import LOOK_SECONDS, GuestLatency
 from nbdstream.stream.rate import RateMeter
 from nbdstream.stream.snapshot import Amounts, DiskState, Latency, Snapshot, disk_map
 from nbdstream.stream.source import Source, SourceOptions, round_up
@@ -73,7 +75,13 @@ class DiskStream:
     """What it is called where QMP wants a device."""
 
     def __init__(
-        self, path: str, overlay: Overlay, server: NbdServer | None, hydration: Hydration | None, listeners: Listeners
+        self,
+        path: str,
+        overlay: Overlay,
+        server: NbdServer | None,
+        hydration: Hydration | None,
+        listeners: Listeners,
+        guest_latency: float | None,
     ) -> None:
         self.path = path
         self.overlay = overlay
@@ -89,6 +97,11 @@ class DiskStream:
         self._error = ""
         self._read_rate = RateMeter()
         self._write_rate = RateMeter()
+        self._governor = Governor(guest_latency) if guest_latency else None
+        self._fetched = 0
+        exports = server.exports if server else []
+        self._latency = GuestLatency(exports, hydration.fetches.waited.__contains__ if hydration else bool)
+        self._latency.start(self._looked)
         self.listeners.append(self._happened)
         if self.independent:
             self._ended.set()
@@ -107,12 +120,14 @@ class DiskStream:
         moved: bool = False,
         job: bool = True,
         speed: int = 0,
+        guest_latency: float | None = None,
     ) -> DiskStream:
         """Make or open the overlay, serve it on the unix socket (if given) and, unless ``job`` is false, stream it.
 
         ``also`` names further sources of the same disk, which are tried in turn where ``source`` is not to be had. With
         ``moved``, an overlay of another source belongs to this one from now on, if that has what the overlay has.
-        ``speed`` limits the job, in bytes a second; 0 does not.
+        ``speed`` limits the job, in bytes a second; 0 does not. ``guest_latency`` has it yield, so that 99 % of the
+        guest's requests that need no source take less than so many seconds.
         Raises :class:`NbdstreamError`: nothing is served then, and nothing has changed on disk.
         """
         uri = _parse(source)
@@ -141,7 +156,7 @@ class DiskStream:
                 server = NbdServer([Export("", overlay, writable=True)])
                 await server.listen_socket(bound, unlink=True)
             undo.pop_all()
-        disk = cls(path, overlay, server, hydration, listeners)
+        disk = cls(path, overlay, server, hydration, listeners, guest_latency)
         if job and below:
             disk.start_job(speed=speed)
         return disk
@@ -167,7 +182,7 @@ class DiskStream:
 
     def start_job(self, *, job_id: str = DEVICE, speed: int = 0) -> StreamJob:
         """Begin to stream all of the disk, or what is left of it. Raises JobError if something streams it already."""
-        self.job = StreamJob(job_id, self._free_hydration(), speed=speed)
+        self.job = StreamJob(job_id, self._free_hydration(), speed=speed, governor=self._governor)
         self.job.start()
         return self.job
 
@@ -196,7 +211,7 @@ class DiskStream:
 
     async def _hydrate(self, hydration: Hydration, offset: int, end: int) -> None:
         cluster_size = self.overlay.image.cluster_size
-        await Hydrator(hydration, Throttle(), offset // cluster_size, -(-end // cluster_size)).run()
+        await Hydrator(hydration, Throttle(), first=offset // cluster_size, behind=-(-end // cluster_size)).run()
         await self.overlay.image.linked()
         if hydration.hydrated:
             await hydration.complete()
@@ -223,6 +238,15 @@ class DiskStream:
         if self._error:
             raise NbdstreamError(f"{self.path}: streaming failed: {self._error}")
 
+    # -- beside the guest ---------------------------------------------------------------------------------------
+
+    def _looked(self, latency: Latency) -> None:
+        """Have the job follow what the guest's requests took, while it runs."""
+        if self._governor and self.job and self.job.status is JobStatus.RUNNING:
+            fetched = self.progress.fetched
+            self._governor.look(latency.requests, latency.p99, (fetched - self._fetched) / LOOK_SECONDS)
+            self._fetched = fetched
+
     # -- telling ----------------------------------------------------------------------------------------------
 
     def _happened(self, event: Event) -> None:
@@ -239,6 +263,7 @@ class DiskStream:
         """Return what there is to see of the disk now."""
         source = None if self.independent or not self._hydration else self._hydration.source
         exports = self._server.exports if self._server else []
+        latency, remote_latency = self._latency.shown
         return Snapshot(
             device=self.device,
             path=self.path,
@@ -251,8 +276,8 @@ class DiskStream:
             fetch_rate=self.progress.rate,
             read_rate=self._read_rate.of(sum(export.bytes_read for export in exports)),
             write_rate=self._write_rate.of(sum(export.bytes_written for export in exports)),
-            latency=Latency(0, 0.0, 0.0),
-            remote_latency=Latency(0, 0.0, 0.0),
+            latency=latency,
+            remote_latency=remote_latency,
             amounts=self.map(1)[0],
         )
 
@@ -278,6 +303,7 @@ class DiskStream:
         Requests that wait for a lost source are never answered: their connections are closed.
         """
         source = self._hydration.source if self._hydration else None
+        self._latency.stop()
         if self._server:
             lost = source is not None and not self.independent and not source.connected
             await self._server.close(_DRAIN_SECONDS_WITHOUT_SOURCE if lost else _DRAIN_SECONDS)

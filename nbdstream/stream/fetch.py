@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from nbdstream.stream.line import Line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,9 +27,13 @@ _LONGEST_FETCH = 1 << 20
 class Fetch:
     """Clusters ``first .. behind-1`` on their way to ``place`` in the file."""
 
-    __slots__ = ("behind", "first", "length", "place", "request", "stored", "waiters")
+    __slots__ = ("began", "behind", "fetched_before", "first", "length", "place", "request", "stored", "waiters")
 
     request: Request
+    began: float
+    """By the loop's clock."""
+    fetched_before: int
+    """What had been fetched then, of anything."""
 
     def __init__(self, first: int, behind: int, place: int, length: int) -> None:
         self.first = first
@@ -46,8 +53,12 @@ class Fetches:
         self._image = overlay.image
         self._source = source
         self._cluster_size = overlay.image.cluster_size
+        self._loop = asyncio.get_running_loop()
         self._in_flight: dict[int, Fetch] = {}
         self.bytes_in_flight = 0
+        self.waited: WeakSet[asyncio.Task[Any]] = WeakSet()
+        """The tasks that had to wait for a fetch."""
+        self.line = Line()
         self.waiting = 0
         """How many wait for a fetch now."""
         self.last_wanted = -math.inf
@@ -63,7 +74,9 @@ class Fetches:
         Raises OSError if the source answers with an error, or is away for too long.
         """
         while waiting := [self._join(fetch) for fetch in self._needed(first, behind)]:
-            self.last_wanted = asyncio.get_running_loop().time()
+            self.last_wanted = self._loop.time()
+            if task := asyncio.current_task():
+                self.waited.add(task)
             self.waiting += 1
             try:
                 errors = await asyncio.gather(*waiting)
@@ -112,6 +125,7 @@ class Fetches:
         offset = first * self._cluster_size
         length = max(0, min(count * self._cluster_size, self._source.size - offset))
         fetch = Fetch(first, first + count, place, length)
+        fetch.began, fetch.fetched_before = self._loop.time(), self.bytes_fetched
         self._in_flight.update(dict.fromkeys(range(first, fetch.behind), fetch))
         self.bytes_in_flight += length
         fetch.request = self._source.copy_soon(
@@ -137,6 +151,8 @@ class Fetches:
     def _copied(self, fetch: Fetch, zero: int | None, error: OSError | None) -> None:
         if error is None and zero is not None:
             self.bytes_fetched += fetch.length
+            now = self._loop.time()
+            self.line.arrived(now, now - fetch.began, self.bytes_fetched - fetch.fetched_before)
             missing = (fetch.behind - fetch.first) * self._cluster_size - fetch.length
             if missing:  # the last cluster of a disk that ends within it: a cluster lies in the file as a whole
                 if not self._image.write_now(

@@ -74,6 +74,7 @@ class Hydration:
 
     def _source_changed(self) -> None:
         source = self.source
+        self.fetches.line.reset()
         if source.lost_since is None:
             self.listeners.tell(SourceBack(str(source.uri.without_credentials())))
         else:

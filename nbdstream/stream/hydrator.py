@@ -1,7 +1,7 @@
 """The hydrator: what to ask for next, and how much of it may be undurable.
 
-It goes through its range from the start to the end, as long as anything there is remote, and keeps a fixed number of
-bytes in flight. What a guest wants is fetched by whoever wants it, past the hydrator.
+It goes through its range from the start to the end, as long as anything there is remote, and keeps as many
+bytes in flight as fill the line. What a guest wants is fetched by whoever wants it, past the hydrator.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nbdstream.stream.fetch import Fetch
+    from nbdstream.stream.governor import Governor
     from nbdstream.stream.hydration import Hydration
     from nbdstream.stream.throttle import Throttle
 
@@ -26,11 +27,11 @@ _REQUEST_BYTES = 1 << 20
 _REQUEST_BYTES_BESIDE_GUEST = 256 << 10
 """What is being received or stored is not interrupted for a guest's read, so its length is what the guest waits."""
 
-_BYTES_IN_FLIGHT = 16 << 20
-"""What fills a link: 640 MB/s at a round trip of 25 ms."""
-
 _BYTES_IN_FLIGHT_BESIDE_GUEST = 8 << 20
 """What the source works on at the same time as on the guest's read."""
+
+_REQUESTS_AT_LEAST = 8
+"""On their way: with fewer, the line is idle when they all end together."""
 
 _GUEST_SECONDS = 0.5
 """For so long after a guest had to wait for the source it is assumed to come again."""
@@ -53,7 +54,15 @@ _GIVEN_BACK = frozenset({errno.ECONNRESET, errno.ECANCELED})
 class Hydrator:
     """Fetches whatever is remote in a range of the disk until nothing is."""
 
-    def __init__(self, hydration: Hydration, throttle: Throttle, first: int = 0, behind: int | None = None) -> None:
+    def __init__(
+        self,
+        hydration: Hydration,
+        throttle: Throttle,
+        governor: Governor | None = None,
+        *,
+        first: int = 0,
+        behind: int | None = None,
+    ) -> None:
         """Work on clusters ``first .. behind-1``, or up to the end. One hydrator at a time works on an overlay."""
         self._hydration = hydration
         self._overlay = hydration.overlay
@@ -61,6 +70,7 @@ class Hydrator:
         self._fetches = hydration.fetches
         self._survey = hydration.survey
         self._throttle = throttle
+        self._governor = governor
         clusters = -(-self._overlay.size // self._image.cluster_size)
         self._first = self._cursor = first
         self._behind = clusters if behind is None else min(behind, clusters)
@@ -160,9 +170,8 @@ class Hydrator:
 
     def _fetch_more(self) -> float:
         """Begin as many fetches as may be; return for how many seconds the rate limit forbids more, if it does."""
-        guest = self._loop.time() - self._fetches.last_wanted < _GUEST_SECONDS
-        most = _BYTES_IN_FLIGHT_BESIDE_GUEST if guest else _BYTES_IN_FLIGHT
-        count = max(1, (_REQUEST_BYTES_BESIDE_GUEST if guest else _REQUEST_BYTES) // self._image.cluster_size)
+        most, request = self._depth()
+        count = max(1, request // self._image.cluster_size)
         while self._fetches.bytes_in_flight < most:
             if delay := self._throttle.delay():
                 return delay
@@ -173,6 +182,18 @@ class Hydrator:
             self._throttle.spend(fetch.length)
             self._cursor = fetch.behind
         return 0.0
+
+    def _depth(self) -> tuple[int, int]:
+        """Return how many bytes may be on their way, and how many one request asks for."""
+        most = min(self._hydration.source.memory_for_bulk, self._fetches.line.bytes_to_fill)
+        request = _REQUEST_BYTES
+        if self._loop.time() - self._fetches.last_wanted < _GUEST_SECONDS:
+            most, request = min(most, _BYTES_IN_FLIGHT_BESIDE_GUEST), _REQUEST_BYTES_BESIDE_GUEST
+        if self._governor:
+            self._throttle.cap = self._governor.rate
+            if depth := self._governor.depth:
+                most, request = min(most, depth), _REQUEST_BYTES_BESIDE_GUEST
+        return most, min(request, max(_REQUEST_BYTES_BESIDE_GUEST, most // _REQUESTS_AT_LEAST))
 
     def _next(self) -> int | None:
         """Return the next cluster that is remote, surveyed, and not in flight; None if there is none now."""

@@ -22,6 +22,7 @@ from nbdstream.stream.hydrator import Hydrator
 from nbdstream.stream.throttle import Throttle
 
 if TYPE_CHECKING:
+    from nbdstream.stream.governor import Governor
     from nbdstream.stream.hydration import Hydration
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 class StreamJob:
     """Streams one overlay until it is independent. What happens is told to the hydration's listeners."""
 
-    def __init__(self, job_id: str, hydration: Hydration, *, speed: int = 0) -> None:
+    def __init__(self, job_id: str, hydration: Hydration, *, speed: int = 0, governor: Governor | None = None) -> None:
         """``speed`` limits what is fetched in the background, in bytes a second; 0 does not."""
         self.id = job_id
         self.status = JobStatus.CREATED
@@ -38,7 +39,7 @@ class StreamJob:
         """Why it failed, for people; empty if it did not."""
         self._hydration = hydration
         self._throttle = Throttle(speed or None)
-        self._hydrator = Hydrator(hydration, self._throttle)
+        self._hydrator = Hydrator(hydration, self._throttle, governor)
         self._running: asyncio.Task[None] | None = None
         self._become(JobStatus.CREATED)
 

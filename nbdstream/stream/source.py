@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nbdstream.block.device import BlockDevice, Buffer
 from nbdstream.block.remote.export import DEFAULT_MEMORY, DEFAULT_STALL_SECONDS, CopyDone, RemoteExport
+from nbdstream.block.remote.thread import BULK_SHARE
 from nbdstream.block.worker import settling
 from nbdstream.errors import SourceError, WrongSourceError
 
@@ -115,6 +116,11 @@ class Source(BlockDevice):
     def connect_later(self, reason: str) -> None:
         """Hold all requests, and go on trying to connect."""
         self._lose(reason)
+
+    @property
+    def memory_for_bulk(self) -> int:
+        """How many bytes may be on their way that nobody waits for."""
+        return int(self._options.memory * BULK_SHARE)
 
     @property
     def connected(self) -> bool:

@@ -19,6 +19,7 @@ class Throttle:
         """``rate`` is in bytes a second; None does not limit."""
         self._clock = clock
         self._rate = rate
+        self._cap: float | None = None
         self._level = 0.0
         self._at = clock()
 
@@ -33,21 +34,40 @@ class Throttle:
         self._rate = rate
         self._level = min(self._level, 0.0)
 
+    @property
+    def cap(self) -> float | None:
+        """A second limit in bytes a second, for whoever adjusts it all the time; None for none."""
+        return self._cap
+
+    @cap.setter
+    def cap(self, cap: float | None) -> None:
+        if cap != self._cap:
+            self._refill()
+            self._cap = cap
+
+    @property
+    def _effective(self) -> float | None:
+        if self._rate is None or self._cap is None:
+            return self._cap if self._rate is None else self._rate
+        return min(self._rate, self._cap)
+
     def delay(self) -> float:
         """Return for how many seconds nothing may go; 0.0 if something may go now."""
-        if self._rate is None:
+        rate = self._effective
+        if rate is None:
             return 0.0
         self._refill()
-        return max(0.0, -self._level / self._rate)
+        return max(0.0, -self._level / rate)
 
     def spend(self, length: int) -> None:
         """Say that ``length`` bytes go now."""
-        if self._rate is not None:
+        if self._effective is not None:
             self._refill()
             self._level -= length
 
     def _refill(self) -> None:
         now = self._clock()
-        if self._rate is not None:
-            self._level = min(self._rate * _BURST_SECONDS, self._level + (now - self._at) * self._rate)
+        rate = self._effective
+        if rate is not None:
+            self._level = min(rate * _BURST_SECONDS, self._level + (now - self._at) * rate)
         self._at = now

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from tests.bench.results import Section
 
 CHUNK = 16 << 20
-SECTIONS = ("reads", "tls", "stream")
+SECTIONS = ("reads", "tls", "stream", "wan")
+
+FAR_SECONDS = 0.025
+"""A round trip between two cities of a continent."""
+FAR_SHARE = 4
+"""A part of the disk is enough there: the slowest mover has some 20 MB/s."""
+FAR_MOVERS = ("nbdstream", "block-stream")
+"""Those that make an overlay which a guest can use meanwhile."""
 
 
 def main() -> int:
@@ -77,6 +84,14 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
             source, server_named(servers, arguments.source),
             peers.selected(movers, arguments.only),
             rounds=arguments.rounds, scratch=scratch, sockets=sockets,
+        ))  # fmt: skip
+    if arguments.section in ("wan", "all"):
+        part = f"{scratch}/part.raw"
+        _make_source(part, max(arguments.size // FAR_SHARE, 1 << 20))
+        sections.append(measure_transfers(
+            part, server_named(servers, arguments.source),
+            [mover for mover in peers.selected(movers, arguments.only) if mover.key.startswith(FAR_MOVERS)],
+            rounds=arguments.rounds, scratch=scratch, sockets=sockets, round_trip=FAR_SECONDS,
         ))  # fmt: skip
     return sections
 

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING
 from tests.bench.peers import Mover, NbdServer, Transfer
 from tests.bench.process import BenchError, on_unix, run, serving
 from tests.bench.results import Floor, Section, Workload
+from tests.support.harness import socket_uri
+from tests.support.wan import long_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MOVE = Workload("until whole and durable", "s")
+FAR_FLOORS = (Floor(MOVE.title, "block-stream", 15.0),)
 FLOORS = (Floor(MOVE.title, "block-stream", 3.0), Floor(MOVE.title, "qemu-img convert", 1.0))
 
 SETTLE_SECONDS = 5.0
@@ -30,20 +33,34 @@ CHECK_LEAKS = 3
 
 
 def measure_transfers(
-    path: str, source: NbdServer, movers: Sequence[Mover], *, rounds: int, scratch: str, sockets: str
+    path: str,
+    source: NbdServer,
+    movers: Sequence[Mover],
+    *,
+    rounds: int,
+    scratch: str,
+    sockets: str,
+    round_trip: float = 0.0,
 ) -> Section:
-    """Measure ``movers`` over the file ``path``, which ``source`` serves to all that read from a server."""
+    """Measure ``movers`` over the file ``path``, which ``source`` serves to all that read from a server.
+
+    With a ``round_trip``, in seconds, a proxy delays whatever they and the server say to each other.
+    """
+    far = f", {round_trip * 1000:g} ms away and back" if round_trip else ""
     section = Section(
-        "stream",
-        f"{os.path.getsize(path) >> 20} MiB into a local file, from {source.label} on a unix socket",
+        "wan" if round_trip else "stream",
+        f"{os.path.getsize(path) >> 20} MiB into a local file, from {source.label} on a unix socket{far}",
         [*movers],
         [MOVE],
-        FLOORS,
+        FAR_FLOORS if round_trip else FLOORS,
     )
     place = on_unix(f"{sockets}/source")
+    seen_path = f"{sockets}/far" if round_trip else f"{sockets}/source"
     with contextlib.ExitStack() as stack:
         try:
             server = stack.enter_context(serving(source.argv(path, place.where), place))
+            if round_trip:
+                stack.enter_context(long_line(f"{sockets}/source", seen_path, round_trip))
             _warm_up(path, f"{scratch}/destination")
         except BenchError as error:
             for mover in movers:
@@ -51,8 +68,8 @@ def measure_transfers(
         for round_number in range(rounds):
             for competitor in section.turn(round_number):
                 mover = next(mover for mover in movers if mover.key == competitor.key)
-                print(f"stream, round {round_number + 1}, {mover.label}", file=sys.stderr)
-                transfer = Transfer(path, server.uri, f"{scratch}/destination", f"{sockets}/monitor")
+                print(f"{section.name}, round {round_number + 1}, {mover.label}", file=sys.stderr)
+                transfer = Transfer(path, socket_uri(seen_path), f"{scratch}/destination", f"{sockets}/monitor")
                 try:
                     section.add(MOVE, mover, _timed(mover, transfer))
                     _verify(mover, transfer)

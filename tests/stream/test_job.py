@@ -13,6 +13,7 @@ from nbdstream.errors import JobError
 from nbdstream.stream import hydrator
 from nbdstream.stream.events import Completed, JobStatus, StatusChanged
 from nbdstream.stream.job import StreamJob
+from nbdstream.stream.source import Source
 from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, Streamed, some_bytes, streamed
 from tests.support import qed
 
@@ -83,8 +84,9 @@ async def test_it_goes_through_the_states_of_a_qemu_job_and_tells(stream: Stream
 async def test_a_pause_holds_until_it_is_resumed(
     stream: Streamed, disk: SourceDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hydrator, "_BYTES_IN_FLIGHT", 4 * CLUSTER)
+    monkeypatch.setattr(Source, "memory_for_bulk", 4 * CLUSTER)
     monkeypatch.setattr(hydrator, "_REQUEST_BYTES", CLUSTER)
+    monkeypatch.setattr(hydrator, "_REQUEST_BYTES_BESIDE_GUEST", CLUSTER)
     disk.gate.clear()
     job = started(stream)
     await disk.asked.wait()

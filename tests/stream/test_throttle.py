@@ -97,3 +97,16 @@ def test_before_each_request_no_more_has_gone_than_the_rate_and_a_burst_allow(
             assert spent <= rate * (clock.now - began + 0.1) + 1
             throttle.spend(length)
             spent += length
+
+
+def test_of_two_limits_the_lower_one_holds() -> None:
+    throttle = Throttle(1000, clock=Clock())
+    throttle.cap = 500.0
+    throttle.spend(1000)
+    assert throttle.delay() == 2.0
+    throttle.cap = 5000.0
+    assert throttle.delay() == 1.0
+    throttle.rate = None
+    assert throttle.delay() == 0.2
+    throttle.cap = None
+    assert throttle.delay() == 0.0

@@ -1,0 +1,50 @@
+"""What a line carries: it is filled, whatever it is, and no more is on its way than that takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbdstream.stream.line import Line
+
+MIB = 1 << 20
+
+
+def settled(rate: float, round_trip: float, fetch: int = MIB) -> float:
+    """Return how many seconds the line's queue takes when what it says is on its way, after a while."""
+    line = Line()
+    now = 0.0
+    for _ in range(300):
+        in_flight = line.bytes_to_fill
+        took = max(round_trip + fetch / rate, in_flight / rate)
+        now += took
+        line.arrived(now, took, int(min(in_flight, took * rate)))
+    return line.bytes_to_fill / rate
+
+
+@pytest.mark.parametrize("rate", [10e6, 100e6, 1e9])
+@pytest.mark.parametrize("round_trip", [0.0005, 0.025, 0.2])
+def test_a_line_is_filled_and_its_queue_stays_short(rate: float, round_trip: float) -> None:
+    filled = round_trip + MIB / rate
+    assert filled <= settled(rate, round_trip) <= max(filled + 0.2, 1.1 * MIB / rate)
+
+
+def test_a_line_that_becomes_slower_holds_less_after_a_while() -> None:
+    line = Line()
+    line.arrived(0.0, 0.025, 8 * MIB)
+    fast = line.bytes_to_fill
+    for second in range(1, 12):
+        line.arrived(float(second), 0.5, MIB)
+    assert line.bytes_to_fill < fast / 4
+
+
+def test_another_line_is_learnt_anew() -> None:
+    line = Line()
+    line.arrived(0.0, 0.001, 100 * MIB)
+    line.reset()
+    assert line.bytes_to_fill == Line().bytes_to_fill
+
+
+def test_a_fetch_that_took_no_time_says_nothing() -> None:
+    line = Line()
+    line.arrived(0.0, 0.0, MIB)
+    assert line.bytes_to_fill == Line().bytes_to_fill
