@@ -1,7 +1,7 @@
 """BlockDevice: the one interface behind which blocks live.
 
-It has two tempos. The *immediate* calls (``read_now``, ``write_now``) run on the event loop without
-ever blocking it and may say "not now"; the *awaitable* ones always answer. A server tries the first
+It has two tempos. The *immediate* calls (``read_now``, ``write_at_once``, ``write_now``) run on the event loop without
+blocking it and may say "not now"; the *awaitable* ones always answer. A server tries the first
 and falls back to the second, so that what is local costs no task and no future.
 
 All offsets and lengths are bytes. The caller keeps requests inside ``0 .. size``. A request that fails
@@ -58,6 +58,14 @@ class BlockDevice(ABC):
     @abstractmethod
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:
         """Return buffers that together hold the range, as :meth:`read_now` does."""
+
+    def write_at_once(self, offset: int, data: Buffer) -> bool:
+        """Write before this returns, so that a kill -9 of this process no longer loses it; or return False.
+
+        False means that it might have to wait: the other ways to write are open. ``data`` is not referred to any
+        more when this returns.
+        """
+        return False
 
     def write_now(self, offset: int, data: Buffer, done: WriteDone) -> bool:
         """Take the write and return True, or return False if it needs :meth:`write`.

@@ -69,7 +69,8 @@ class Mapping:
         Raises OSError (ENOMEM: there is not so much address space). ``fd`` is not used afterwards.
         """
         self._loop = asyncio.get_running_loop()
-        self._reach = reach
+        self.reach = reach
+        """Bytes from the start of the file that can be viewed."""
         self._pages: _Pages | None = _Pages(fd, reach)
         self._address = self._pages.address
         # A type of its own, since a bare ctypes array has no attributes.
@@ -84,13 +85,16 @@ class Mapping:
     def view(self, offset: int, length: int) -> memoryview:
         """Return a view (format B) of the range, belonging to the current generation."""
         end = offset + length
-        if end > self._reach:
+        if end > self.reach:
             raise ValueError(f"{offset}+{length} is out of the mapping's reach")
         return self._bytes[offset:end]
 
-    def resident(self, offset: int, length: int) -> bool:
-        """Whether the range is, very probably, in memory (see Residency)."""
-        return self._residency.resident(offset, length)
+    def view_now(self, offset: int, length: int) -> memoryview | None:
+        """Return a view of the range if it is, very probably, in memory (see Residency)."""
+        end = offset + length
+        if end > self.reach or not self._residency.resident(offset, length):
+            return None
+        return self._bytes[offset:end]
 
     @property
     def generation(self) -> object:
@@ -119,7 +123,7 @@ class Mapping:
         self._bytes = memoryview(b"")
         self._generation = None
         self._pages = None
-        self._reach = 0
+        self.reach = 0
 
     def _begin_generation(self) -> None:
         generation = self._exporter.from_address(self._address)

@@ -79,6 +79,10 @@ class Overlay(BlockDevice):
         """Answer if all of it is local and in memory, or known to be zero."""
         cluster, within = divmod(offset, self._cluster_size)
         if within + length <= self._cluster_size:
+            entry = self.image.entry_now(cluster)
+            if entry and entry > ZERO:
+                view = self.image.view_now(entry + within, length)
+                return None if view is None else (view,)
             return self._read_cluster_now(cluster, within, length)
         buffers: list[Buffer] = []
         for cluster, within, count in self._pieces(offset, length):
@@ -157,6 +161,25 @@ class Overlay(BlockDevice):
         return [*buffers, *zero_buffers(length - inside)]
 
     # -- writing ----------------------------------------------------------------------------------------------
+
+    def write_at_once(self, offset: int, data: Buffer) -> bool:
+        """Take a write into one cluster that is allocated and linked, or of which everything else is zero."""
+        cluster, within = divmod(offset, self._cluster_size)
+        # While streaming, fetches write into the file at any time, and would keep this waiting.
+        if within + len(data) > self._cluster_size or self.read_only or self.remote is not None:
+            return False
+        image = self.image
+        entry = image.entry_now(cluster)
+        if entry is None or cluster in self._busy:
+            return False
+        if entry > ZERO:
+            if cluster in image.unlinked and cluster not in image.noted:
+                return False
+            return image.write_at_once(entry + within, data)
+        if (entry == UNALLOCATED and self._is_below(cluster)) or not image.write_new_at_once(cluster, within, data):
+            return False
+        self.zero[cluster] = 0
+        return True
 
     def write_now(self, offset: int, data: Buffer, done: WriteDone) -> bool:
         """Take a write into clusters that are allocated, linked, and one behind the other."""
@@ -253,6 +276,9 @@ class Overlay(BlockDevice):
                 around = [await self._edge_below(*head), await self._edge_below(*tail)]
                 if cluster in self._busy or self.image.entry_now(cluster) != entry:
                     continue  # somebody allocated it while we read
+            elif (place := self.image.allocate_untouched(cluster)) is not None:
+                await self._fill_hole(cluster, place, within, data)
+                return
             else:
                 around = [zero_buffers(head[1]), zero_buffers(tail[1])]
             await self._allocate_part(cluster, [*around[0], data, *around[1]])
@@ -269,6 +295,15 @@ class Overlay(BlockDevice):
         with self._mark_busy(cluster, 1):
             await self._fill(offset, 1, buffers)
             await self._map(cluster, offset)
+
+    async def _fill_hole(self, cluster: int, place: int, within: int, data: memoryview) -> None:
+        with self._mark_busy(cluster, 1):
+            try:
+                await self.image.write_in_zeroes(place, within, data)
+            except OSError:  # not if it was cancelled: the thread may be writing there
+                self.image.release(place, 1)
+                raise
+            await self._map(cluster, place)
 
     async def _fill(self, offset: int, count: int, buffers: list[Buffer]) -> None:
         """Write newly allocated clusters whole, and give them back if that fails."""

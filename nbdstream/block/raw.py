@@ -80,9 +80,8 @@ class RawImage(BlockDevice):
 
     def read_now(self, offset: int, length: int) -> Sequence[Buffer] | None:
         """Return a view of the page cache, if the range is there."""
-        if self._mapping.resident(offset, length):
-            return (self._mapping.view(offset, length),)
-        return None
+        view = self._mapping.view_now(offset, length)
+        return None if view is None else (view,)
 
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:
         """Wait for the disk, and return views of what is data and zeroes for what is not."""

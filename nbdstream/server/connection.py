@@ -20,7 +20,8 @@ from nbdstream.errors import ProtocolError
 from nbdstream.server.commands import Commands
 from nbdstream.server.inflight import InFlight
 from nbdstream.server.sockets import describe_peer
-from nbdstream.wire.transmission import READ, Request, RequestFields, Transmission
+from nbdstream.wire.nbd import CmdFlag
+from nbdstream.wire.transmission import READ, WRITE, Request, RequestFields, Transmission
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RECEIVE_BUFFER: Final = 256 << 10
-"""Bytes: 9,000 requests, or 60 small writes, or a little more than a socket holds."""
+"""Bytes: 9,000 requests, or 60 small writes, or a little more than a socket holds. A small payload has room in it."""
 
-_REPLY_BATCH: Final = 1 << 20
+_FUA: Final = int(CmdFlag.FUA)
+
+_REPLY_BATCH: Final = 32 << 10
 """Bytes of replies that are sent before more requests are looked at."""
 
 
@@ -184,19 +187,24 @@ class Connection(asyncio.BufferedProtocol):
         self._settle()
 
     def _serve_batch(self) -> None:
-        read_now, read_header = self._export.device.read_now, self._transmission.replies.read_header
+        device, wire_replies = self._export.device, self._transmission.replies
+        read_now, write_at_once = device.read_now, device.write_at_once
+        read_header, done = wire_replies.read_header, wire_replies.done
         replies = self._replies
-        zeroes = ZEROES.obj if self._transmission.replies.sparse else self  # of which there are no views
-        requests = unsent = total = 0
+        zeroes = ZEROES.obj if wire_replies.sparse else self  # of which there are no views
+        requests = unsent = total = written = 0
         for fields in self._transmission.requests(self._view, self._start, self._end):
             requests += 1
-            command, _, cookie, offset, length, _, refusal = fields
-            if command != READ or refusal or not length:
-                if not self._serve(fields):
-                    break
-                continue
+            command, flags, cookie, offset, length, payload, refusal = fields
+            buffers = None
             try:
-                buffers = read_now(offset, length)
+                if command == READ:
+                    if length and not refusal:
+                        buffers = read_now(offset, length)
+                elif payload and command == WRITE and not flags & _FUA and write_at_once(offset, payload):
+                    replies.append(done(command, cookie, offset))
+                    written += length
+                    continue
             except Exception as error:  # noqa: BLE001 - whatever a device does, one request fails
                 replies.append(self._commands.failure(Request._make(fields), error))
                 continue
@@ -219,6 +227,7 @@ class Connection(asyncio.BufferedProtocol):
                     break
         self._export.requests += requests
         self._export.bytes_read += total
+        self._export.bytes_written += written
 
     def _serve(self, fields: RequestFields) -> bool:
         """Refuse a request or begin it; return False if it has to wait, and whatever comes behind it."""
@@ -226,6 +235,8 @@ class Connection(asyncio.BufferedProtocol):
         if request.refusal:
             self._replies.append(self._transmission.replies.error(request.cookie, request.offset, *request.refusal))
             return True
+        if request.command == WRITE and request.payload:
+            request = request._replace(payload=bytes(request.payload))  # the receive buffer is used again
         if self._in_flight.has_room(request):
             self._in_flight.start(request)
             return True

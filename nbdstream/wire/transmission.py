@@ -49,8 +49,8 @@ class Request(NamedTuple):
     offset: int
     length: int
     payload: Buffer | None
-    """What WRITE brought, or the ids of the contexts that BLOCK_STATUS is limited to (:func:`context_ids`); None for
-    everything else, and for whatever is refused."""
+    """What WRITE brought, as a view of the buffer that it came in, or the ids of the contexts that BLOCK_STATUS is
+    limited to (:func:`context_ids`); None for everything else, and for whatever is refused."""
     refusal: Refusal | None
 
 
@@ -59,6 +59,9 @@ RequestFields: TypeAlias = tuple[int, int, int, int, int, Buffer | None, Refusal
 
 READ: Final = int(Cmd.READ)
 WRITE: Final = int(Cmd.WRITE)
+SMALL_PAYLOAD: Final = 64 << 10
+"""Bytes. A payload up to here is given when all of it is there; the caller's buffer has room for it and its header."""
+
 _DISC: Final = int(Cmd.DISC)
 _BLOCK_STATUS: Final = int(Cmd.BLOCK_STATUS)
 _PAYLOAD_LEN: Final = int(CmdFlag.PAYLOAD_LEN)
@@ -88,8 +91,8 @@ class Transmission:
         self.position = 0
         """Where in the buffer the first byte lies that :meth:`requests` has not consumed."""
         self.awaiting: Request | None = None
-        """A WRITE whose payload is not all there: its first bytes lie at ``position``. The caller collects the payload
-        where it likes, sets this to None, and goes on with what follows the payload."""
+        """A WRITE whose payload is long and not all there: its first bytes lie at ``position``. The caller collects
+        the payload where it likes, sets this to None, and goes on with what follows the payload."""
         self.finished = False
         """The client sent DISC: nothing that it sends is looked at any more."""
         self._agreement = agreement
@@ -117,6 +120,9 @@ class Transmission:
         layout = EXTENDED_REQUEST if extended else REQUEST
         unpack, header = layout.unpack_from, layout.size
         right_magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
+        # A flag of extended headers says that a payload follows; a WRITE is plain with or without it.
+        other_flags = ~_PAYLOAD_LEN if extended else -1
+        writable = not self._read_only
         position = self.position = start
         while not self.finished:
             if self._skipped:
@@ -135,9 +141,9 @@ class Transmission:
                 msg = f"a request without its magic number ({magic:#010x})"
                 raise ProtocolError(msg)
             position += header
-            # The fast path: a plain READ that nothing is wrong with.
-            plain = not (command or flags)
-            if plain and length <= maximum and offset + length <= size and not (offset | length) & mask:
+            # The fast path: a plain READ or WRITE that nothing is wrong with.
+            sound = length <= maximum and offset + length <= size and not (offset | length) & mask
+            if sound and not (command or flags):
                 self.position = position
                 yield 0, 0, cookie, offset, length, None, None
                 continue
@@ -147,7 +153,9 @@ class Transmission:
                 return
             # With extended headers a flag says so; but QEMU (10.0) leaves it out with WRITE, whose payload is there.
             carries = command == WRITE or (extended and flags & _PAYLOAD_LEN)
-            if carries and extended:
+            if sound and command == WRITE and length and writable and not flags & other_flags:
+                refusal = None
+            elif carries and extended:
                 refusal = self._refuse_payload(command, flags, offset, length)
             else:
                 refusal = self._refuse(command, flags, offset, length)
@@ -163,13 +171,13 @@ class Transmission:
                 self.position = position = position + length
                 yield self._filtered(flags, cookie, offset, payload)
             elif end - position < length:
-                self.position = position
-                self.awaiting = Request(command, flags, cookie, offset, length, None, None)
+                if length > SMALL_PAYLOAD:
+                    self.position = position
+                    self.awaiting = Request(command, flags, cookie, offset, length, None, None)
                 return
             else:
-                payload = bytes(data[position : position + length])
                 self.position = position = position + length
-                yield command, flags, cookie, offset, length, payload, None
+                yield command, flags, cookie, offset, length, data[position - length : position], None
 
     def _refuse_payload(self, command: int, flags: int, offset: int, length: int) -> Refusal | None:
         """Refuse what has an extended header and a payload. Raises ProtocolError for a payload that is an attack."""

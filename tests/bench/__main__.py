@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from nbdstream.units import SizeError, parse_size
 from tests.bench import peers
 from tests.bench.process import BenchError
+from tests.bench.qed import measure_qed, qed_servers
 from tests.bench.reads import measure_reads
 from tests.bench.report import Settings, this_machine, write_report
 from tests.bench.tls import make_certificates, measure_tls
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from tests.bench.results import Section
 
 CHUNK = 16 << 20
-SECTIONS = ("reads", "tls", "stream", "wan")
+SECTIONS = ("reads", "tls", "stream", "wan", "qed")
 
 FAR_SECONDS = 0.025
 """A round trip between two cities of a continent."""
@@ -63,7 +64,8 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
     systems += [peers.chroot_system(name, [scratch, sockets]) for name in arguments.peers]
     servers = peers.nbd_servers(systems, arguments.ours, arguments.against)
     movers = peers.movers(systems, arguments.ours, arguments.against)
-    if unknown := set(arguments.only) - {competitor.key for competitor in (*servers, *movers)}:
+    of_qed = qed_servers(systems, arguments.ours, arguments.against)
+    if unknown := set(arguments.only) - {competitor.key for competitor in (*servers, *movers, *of_qed)}:
         msg = f"nobody is called {', '.join(sorted(unknown))}"
         raise BenchError(msg)
     sections = []
@@ -92,6 +94,11 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
             part, server_named(servers, arguments.source),
             [mover for mover in peers.selected(movers, arguments.only) if mover.key.startswith(FAR_MOVERS)],
             rounds=arguments.rounds, scratch=scratch, sockets=sockets, round_trip=FAR_SECONDS,
+        ))  # fmt: skip
+    if arguments.section in ("qed", "all"):
+        sections.append(measure_qed(
+            source, peers.selected(of_qed, arguments.only), arguments.ours,
+            rounds=arguments.rounds, seconds=arguments.seconds, scratch=scratch, sockets=sockets,
         ))  # fmt: skip
     return sections
 

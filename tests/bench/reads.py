@@ -6,13 +6,14 @@ The clients are this machine's own for everybody. All servers are up all the tim
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tests.bench.disk import bring_into_cache
+from tests.bench.fio import fio, latencies
 from tests.bench.peers import AGAINST
 from tests.bench.process import BenchError, Server, on_unix, run, serving
 from tests.bench.results import Floor, Section, Workload
@@ -36,22 +37,12 @@ class FioWorkload(Workload):
 
     def measure(self, uri: str, seconds: float, scratch: str) -> tuple[float, dict[str, float]]:
         """Return the speed in the workload's unit, and latencies in microseconds. Raises BenchError."""
-        report = f"{scratch}/fio.json"
-        run([
-            "fio", "--name=reads", "--ioengine=nbd", f"--uri={uri}", f"--rw={self.pattern}", f"--bs={self.block_size}",
-            f"--iodepth={self.depth}", "--time_based", f"--runtime={seconds * 1000:.0f}ms",
-            "--output-format=json", f"--output={report}",
-        ])  # fmt: skip
-        with open(report) as file:
-            text = file.read()
-        job = json.loads(text[text.index("{") :])["jobs"][0]  # fio's notes come before the JSON
+        job = fio(uri, [
+            f"--rw={self.pattern}", f"--bs={self.block_size}", f"--iodepth={self.depth}",
+            "--time_based", f"--runtime={seconds * 1000:.0f}ms",
+        ], scratch)  # fmt: skip
         reads = job["read"]
-        if job["error"] or not reads["total_ios"]:
-            msg = f"fio read nothing from {uri}: error {job['error']}"
-            raise BenchError(msg)
-        percentiles = reads["clat_ns"]["percentile"]
-        latencies = {f"p{name}_us": percentiles[f"{name}.000000"] / 1000 for name in (50, 99)}
-        return float(reads["iops"] if self.unit == "reads/s" else reads["bw_bytes"]), latencies
+        return float(reads["iops"] if self.unit == "reads/s" else reads["bw_bytes"]), latencies(reads)
 
 
 NBDCOPY = Workload("nbdcopy to null:", "s")
@@ -97,6 +88,7 @@ def measure_reads(
             yield running
 
     def measure(workload: Workload, server: Server) -> tuple[float, dict[str, float]]:
+        bring_into_cache(path)
         if isinstance(workload, FioWorkload):
             return workload.measure(server.uri, seconds, scratch)
         return nbdcopy(server.uri), {}

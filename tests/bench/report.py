@@ -151,7 +151,7 @@ def _cell(section: Section, workload: Workload, key: str) -> str:
 
 def _number(value: float, unit: Unit) -> str:
     match unit:
-        case "reads/s":
+        case "reads/s" | "writes/s":
             return f"{value:,.0f}"
         case "bytes/s":
             return f"{value / 1e9:.2f}"
@@ -160,7 +160,7 @@ def _number(value: float, unit: Unit) -> str:
 
 
 def _amount(value: float, unit: Unit) -> str:
-    return _number(value, unit) + {"reads/s": "/s", "bytes/s": " GB/s", "s": " s"}[unit]
+    return _number(value, unit) + {"reads/s": "/s", "writes/s": "/s", "bytes/s": " GB/s", "s": " s"}[unit]
 
 
 def _floor_line(floor: Floor, ratio: float | None) -> str:

@@ -11,7 +11,7 @@ from tests.bench.peers import OURS
 if TYPE_CHECKING:
     from tests.bench.peers import Competitor
 
-Unit = Literal["reads/s", "bytes/s", "s"]
+Unit = Literal["reads/s", "writes/s", "bytes/s", "s"]
 
 
 @dataclass(frozen=True)

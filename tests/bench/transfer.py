@@ -13,6 +13,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from tests.bench.disk import settle
 from tests.bench.peers import Mover, NbdServer, Transfer
 from tests.bench.process import BenchError, on_unix, run, serving
 from tests.bench.results import Floor, Section, Workload
@@ -26,8 +27,6 @@ MOVE = Workload("until whole and durable", "s")
 FAR_FLOORS = (Floor(MOVE.title, "block-stream", 15.0),)
 FLOORS = (Floor(MOVE.title, "block-stream", 3.0), Floor(MOVE.title, "qemu-img convert", 1.0))
 
-SETTLE_SECONDS = 5.0
-SETTLED_BYTES = 4 << 20
 CHECK_LEAKS = 3
 """qemu-img check's exit code for leaked clusters: QEMU sees some where there are none."""
 
@@ -94,7 +93,7 @@ def _warm_up(path: str, destination: str) -> None:
 def _timed(mover: Mover, transfer: Transfer) -> float:
     """Return the seconds until ``mover`` is done and what it made is on disk. Raises BenchError."""
     mover.prepare(transfer)
-    _settle()
+    settle()
     start = time.perf_counter()
     mover.move(transfer)
     _make_durable(transfer.destination)
@@ -111,20 +110,6 @@ def _make_durable(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _settle() -> None:
-    """Wait until the disk has nothing left to write for whoever went before."""
-    os.sync()
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while _undurable_bytes() > SETTLED_BYTES and time.monotonic() < deadline:
-        time.sleep(0.1)
-
-
-def _undurable_bytes() -> int:
-    with open("/proc/meminfo") as file:
-        kib = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in file)}
-    return (kib["Dirty"] + kib["Writeback"]) * 1024
 
 
 def _verify(mover: Mover, transfer: Transfer) -> None:

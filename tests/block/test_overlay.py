@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import random
 from collections.abc import Callable, Coroutine
 from itertools import pairwise
@@ -49,6 +50,8 @@ async def read(overlay: Overlay, offset: int, length: int) -> bytes:
 
 
 async def write(overlay: Overlay, offset: int, data: bytes) -> None:
+    if overlay.write_at_once(offset, data):
+        return
     answer: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
     if overlay.write_now(offset, data, answer.set_result):
         error = await answer
@@ -235,3 +238,85 @@ def _operation(chance: random.Random, start: int, length: int) -> Operation:
             assert await read(overlay, start, length) == model[start : start + length]
 
     return run
+
+
+async def fresh(path: Path, size: int = 64 * CLUSTER) -> Overlay:
+    """Return an empty image without a backing file, with an L2 table (the second cluster is allocated)."""
+    make(path, size, backing=False)
+    overlay = await reopen(path, None)
+    await overlay.write(CLUSTER, b"1" * 4096)
+    return overlay
+
+
+async def test_a_small_write_to_a_new_cluster_is_done_at_once(tmp_path: Path) -> None:
+    overlay = await fresh(tmp_path / "o")
+    assert overlay.write_at_once(5 * CLUSTER + 8192, b"new" + bytes(4093))
+    assert overlay.write_at_once(5 * CLUSTER, b"again" * 4096)
+    expected = b"again" * 4096 + bytes(CLUSTER - 5 * 4096)
+    assert await read(overlay, 5 * CLUSTER, CLUSTER) == expected
+    await overlay.close()
+    assert clean(tmp_path / "o")
+    overlay = await reopen(tmp_path / "o", None)
+    assert await read(overlay, 5 * CLUSTER, CLUSTER) == expected
+    await overlay.close()
+
+
+async def test_of_a_small_write_to_a_new_cluster_only_that_is_stored(tmp_path: Path) -> None:
+    overlay = await fresh(tmp_path / "o")
+    before = os.stat(tmp_path / "o").st_blocks * 512
+    for cluster in range(2, 34):
+        await write(overlay, cluster * CLUSTER + 4096, b"x" * 4096)
+    await overlay.flush()
+    assert os.stat(tmp_path / "o").st_blocks * 512 - before < 32 * CLUSTER / 4
+    await overlay.close()
+    assert os.path.getsize(tmp_path / "o") % CLUSTER == 0
+
+
+async def test_the_hole_around_a_small_write_shows_nothing_of_an_earlier_use(tmp_path: Path) -> None:
+    overlay = await fresh(tmp_path / "o")
+    place, _ = overlay.image.allocate(9, 1)
+    await overlay.image.write(place, [b"garbage!" * (CLUSTER // 8)])
+    overlay.image.release(place, 1)
+    await write(overlay, 9 * CLUSTER, b"x" * 4096)
+    assert await read(overlay, 9 * CLUSTER, CLUSTER) == b"x" * 4096 + bytes(CLUSTER - 4096)
+    await overlay.close()
+
+
+async def test_after_the_end_was_cut_off_its_places_are_holes_again(tmp_path: Path) -> None:
+    overlay = await fresh(tmp_path / "o")
+    place, _ = overlay.image.allocate(9, 1)
+    await overlay.image.write(place, [b"garbage!" * (CLUSTER // 8)])
+    overlay.image.release(place, 1)
+    await overlay.image.settle()
+    overlay.image.cut()
+    assert overlay.write_at_once(9 * CLUSTER, b"x" * 4096)
+    assert await read(overlay, 9 * CLUSTER, CLUSTER) == b"x" * 4096 + bytes(CLUSTER - 4096)
+    await overlay.close()
+
+
+async def test_what_cannot_be_done_at_once_is_left_to_others(tmp_path: Path) -> None:
+    make(tmp_path / "o", 8 * CLUSTER)
+    overlay = await reopen(tmp_path / "o", b"\x11" * 8 * CLUSTER)
+    page = b"x" * 4096
+    assert not overlay.write_at_once(0, page)  # what is below has to be read
+    await overlay.write(0, page)
+    await overlay.flush()
+    assert overlay.write_at_once(4096, page)
+    assert not overlay.write_at_once(100, b"a part of a page")
+    assert not overlay.write_at_once(CLUSTER - 4096, 2 * page)
+    held = overlay.hold(0)
+    assert held is not None
+    with held:
+        assert not overlay.write_at_once(0, page)
+    overlay.remote = ~overlay.image.allocated
+    assert not overlay.write_at_once(0, page)  # fetches write into the file
+    overlay.remote = None
+    await overlay.close()
+
+
+async def test_a_write_at_once_outlives_a_kill(tmp_path: Path) -> None:
+    overlay = await fresh(tmp_path / "o")
+    assert overlay.write_at_once(7 * CLUSTER, b"survives" * 512)
+    assert 7 in overlay.image.noted
+    assert os.path.getsize(tmp_path / "o") >= overlay.image.end
+    await overlay.close()

@@ -22,6 +22,8 @@ class MemoryDevice(BlockDevice):
         self.read_only = read_only
         self.minimum_block = minimum_block
         self.slow = False
+        self.prompt = False
+        """Whether writes are done at once."""
         self.gate = asyncio.Event()
         self.gate.set()
         self.error: BaseException | None = None
@@ -46,6 +48,14 @@ class MemoryDevice(BlockDevice):
             self.reading -= length
         middle = offset + length // 2
         return [bytes(self.data[offset:middle]), bytes(self.data[middle : offset + length])]
+
+    def write_at_once(self, offset: int, data: Buffer) -> bool:
+        if self.slow or not self.prompt:
+            return False
+        self._fail()
+        self.calls.append(("write_at_once", offset, len(data)))
+        self.data[offset : offset + len(data)] = data
+        return True
 
     def write_now(self, offset: int, data: Buffer, done: WriteDone) -> bool:
         if self.slow:

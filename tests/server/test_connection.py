@@ -63,6 +63,46 @@ async def test_a_write_with_fua_is_flushed_before_it_is_answered(client: RawClie
     assert device.calls == [("write", 0, 4), ("flush",)]
 
 
+async def test_small_writes_are_done_at_once_where_the_device_can(client: RawClient, device: MemoryDevice) -> None:
+    device.prompt = True
+    length = 60 << 10
+    payloads = [bytes([number]) * length for number in range(16)]  # more than the receive buffer holds
+    for number, payload in enumerate(payloads):
+        client.send(request(Cmd.WRITE, number, number * length, length) + payload)
+    replies = [await client.reply() for _ in payloads]
+    assert [(reply.cookie, reply.error) for reply in replies] == [(number, 0) for number in range(len(payloads))]
+    assert device.calls == [("write_at_once", number * length, length) for number in range(len(payloads))]
+    assert device.data[: len(payloads) * length] == b"".join(payloads)
+
+
+async def test_a_write_at_once_that_fails_is_told(client: RawClient, device: MemoryDevice) -> None:
+    device.prompt = True
+    device.error = OSError(errno.ENOSPC, "full")
+    assert await client.write(0, b"data") == Err.ENOSPC
+    device.error = ValueError("a mistake")
+    assert await client.write(0, b"data") == Err.EIO
+
+
+async def test_a_write_with_fua_is_not_done_at_once(client: RawClient, device: MemoryDevice) -> None:
+    device.prompt = True
+    assert await client.write(0, b"data", flags=CmdFlag.FUA) == 0
+    assert device.calls == [("write", 0, 4), ("flush",)]
+
+
+async def test_the_payload_of_a_write_that_takes_its_time_stays_as_it_was(
+    client: RawClient, device: MemoryDevice
+) -> None:
+    device.slow = True
+    device.gate.clear()
+    client.send(request(Cmd.WRITE, 1, 0, 4096) + b"1" * 4096)
+    await asyncio.sleep(0.05)  # so that what comes next lies where this lay in the receive buffer
+    client.send(request(Cmd.WRITE, 2, 4096, 4096) + b"2" * 4096)
+    await asyncio.sleep(0.05)
+    device.gate.set()
+    assert {(await client.reply()).cookie, (await client.reply()).cookie} == {1, 2}
+    assert device.data[:8192] == b"1" * 4096 + b"2" * 4096
+
+
 async def test_flush(client: RawClient, device: MemoryDevice) -> None:
     assert (await client.ask(Cmd.FLUSH)).error == 0
     assert device.calls == [("flush",)]

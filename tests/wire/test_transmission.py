@@ -19,7 +19,7 @@ from nbdstream.wire.nbd import (
     Err,
     TransmissionFlag,
 )
-from nbdstream.wire.transmission import Request, Transmission, context_ids
+from nbdstream.wire.transmission import SMALL_PAYLOAD, Request, Transmission, context_ids
 
 SIZE = 1 << 20
 FLAGS = (
@@ -207,12 +207,23 @@ def test_a_refused_write_comes_out_when_its_payload_has_been_consumed() -> None:
     assert first[6] is not None
 
 
-def test_a_write_whose_payload_is_not_all_there_is_awaited() -> None:
+def test_a_long_write_whose_payload_is_not_all_there_is_awaited() -> None:
+    transmission = Transmission(AGREED)
+    length = SMALL_PAYLOAD + 512
+    data = memoryview(request(Cmd.READ, 0, 1) + write(512, bytes(length)))
+    assert len(list(transmission.requests(data, 0, len(data) - 1))) == 1
+    assert transmission.awaiting == (Cmd.WRITE, 0, 5, 512, length, None, None)
+    assert transmission.position == 2 * REQUEST.size
+
+
+def test_a_small_write_whose_payload_is_not_all_there_is_given_later() -> None:
     transmission = Transmission(AGREED)
     data = memoryview(request(Cmd.READ, 0, 1) + write(512, b"x" * 100))
     assert len(list(transmission.requests(data, 0, len(data) - 1))) == 1
-    assert transmission.awaiting == (Cmd.WRITE, 0, 5, 512, 100, None, None)
-    assert transmission.position == 2 * REQUEST.size
+    assert transmission.awaiting is None
+    assert transmission.position == REQUEST.size
+    (fields,) = transmission.requests(data, REQUEST.size, len(data))
+    assert fields == (Cmd.WRITE, 0, 5, 512, 100, b"x" * 100, None)
 
 
 def test_the_batch_can_be_broken_off_and_taken_up_again() -> None:

@@ -19,11 +19,13 @@ import asyncio
 import errno
 import logging
 import os
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nbdstream.block.prompt import PromptWriter
     from nbdstream.block.qed.record import Record
     from nbdstream.block.qed.space import Space
     from nbdstream.block.qed.tables import Tables
@@ -33,6 +35,13 @@ log = logging.getLogger(__name__)
 
 _NOTED_SECONDS = 0.1
 """How long a link may be noted only: a stranger who opens the image after a kill -9 does not know the record."""
+
+_NOTED_SECONDS_BUSY = 1.0
+"""The same where barriers take long. While one runs, writes wait in threads for the journal, and the disk has work that
+a longer epoch saves."""
+
+_BARRIER_SHARE = 5
+"""Links that are noted only make barriers of at most a fifth of the time."""
 
 
 class Epochs:
@@ -47,6 +56,7 @@ class Epochs:
         worker: Worker,
         recycle: Callable[[list[int]], None],
         record: Record | None,
+        prompt: PromptWriter,
     ) -> None:
         """``worker`` must be this object's alone: barriers take long.
 
@@ -59,7 +69,9 @@ class Epochs:
         self._worker = worker
         self._recycle = recycle
         self._record = record
+        self._prompt = prompt
         self._timer: asyncio.TimerHandle | None = None
+        self._barrier_seconds = 0.0
         self._queue: list[tuple[int, int]] = []
         self._replaced: list[int] = []
         self._replaced_by_links_not_durable: list[int] = []
@@ -94,15 +106,21 @@ class Epochs:
 
         What is noted must be noted for every later link of the same cluster, so :meth:`room` is waited for first.
         """
-        if not self._record or self._record.full or self._record.gone:
+        if not self._record or not self.can_note(cluster):
             return False
-        if not self._tables.l1[self._tables.l1_index(cluster)]:
-            return False  # it needs a new table, and only an epoch finds out whether there is room for one
         self._record.note(cluster, self.unlinked[cluster])
         self.noted.add(cluster)
         if not self._timer:
-            self._timer = asyncio.get_running_loop().call_later(_NOTED_SECONDS, self._link_noted)
+            delay = min(max(_NOTED_SECONDS, self._barrier_seconds * (_BARRIER_SHARE - 1)), _NOTED_SECONDS_BUSY)
+            self._timer = asyncio.get_running_loop().call_later(delay, self._link_noted)
         return True
+
+    def can_note(self, cluster: int) -> bool:
+        """Whether :meth:`note` would make a link to ``cluster`` safe."""
+        if not self._record or self._record.full or self._record.gone or self.failed:
+            return False
+        # Without a table it needs a new one, and only an epoch finds out whether there is room for that.
+        return bool(self._tables.l1[self._tables.l1_index(cluster)])
 
     def _link_noted(self) -> None:
         self._timer = None
@@ -155,7 +173,7 @@ class Epochs:
         if self.failed:
             raise _final(self.failed)
         try:
-            await self._worker.run(os.fdatasync, self._fd)
+            await self._barrier()
         except OSError as error:
             self._fail(error, [])
             raise _final(error) from error
@@ -205,7 +223,7 @@ class Epochs:
             _reject(linkers, error)
             queue, linkers, tables = self._postpone(queue), [], {}
         try:
-            await self._worker.run(os.fdatasync, self._fd)
+            await self._barrier()
             _resolve(flushers)
             self._recycle_durably(replaced)
             await self._link(tables, queue)
@@ -214,6 +232,16 @@ class Epochs:
             _resolve(linkers)
         except OSError as error:
             self._fail(error, linkers + flushers)
+
+    async def _barrier(self) -> None:
+        """Make durable what was written before."""
+        begun = time.monotonic()
+        self._prompt.held += 1
+        try:
+            await self._worker.run(os.fdatasync, self._fd)
+        finally:
+            self._prompt.held -= 1
+            self._barrier_seconds = time.monotonic() - begun
 
     async def _write_new_tables(self, queue: list[tuple[int, int]]) -> dict[int, int]:
         """Return the L2 tables that these links need and that did not exist: L1 index to file offset."""
@@ -257,6 +285,7 @@ class Epochs:
 
     def _fail(self, error: OSError, waiters: list[asyncio.Future[None]]) -> None:
         self.failed = error
+        self._prompt.held += 1  # for ever
         log.critical("the image cannot be made durable (%s): nothing more will be linked to it", error)
         _reject([*waiters, *self._linkers, *self._flushers], _final(error))
         self._linkers.clear()

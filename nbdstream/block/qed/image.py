@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from nbdstream.block.locks import Sharing, take_locks
 from nbdstream.block.mapping import Mapping
+from nbdstream.block.prompt import PromptWriter
 from nbdstream.block.qed.check import CheckResult, check
 from nbdstream.block.qed.epochs import Epochs
 from nbdstream.block.qed.marks import AUTOCLEAR_MARKS, Marks
@@ -64,13 +65,16 @@ class QedImage:
         self._tables: Tables = file.tables
         self._misaligned = self.cluster_size - 1
         self._first_place = file.header.header_size * self.cluster_size
-        self._reach = 0
         self._mapping = self._map_file()
+        self.view_now = self._mapping.view_now
+        """Returns a view of the file's pages at a place if they are in memory; only to be sent (see Mapping)."""
+        self._prompt = PromptWriter(file.fd, file.space.end)
         self._worker = Worker("qed-data", loop)
         self._barriers = Worker("qed-barrier", loop)
         self._epochs = Epochs(
-            self._fd, self._tables, self._space, file.header.table_size, self._barriers, self._recycle, file.record
-        )
+            self._fd, self._tables, self._space, file.header.table_size, self._barriers, self._recycle, file.record,
+            self._prompt,
+        )  # fmt: skip
         self.noted = self._epochs.noted
         """Those of ``unlinked`` that a kill -9 of this process does not lose."""
         self.unlinked = self._epochs.unlinked
@@ -112,7 +116,6 @@ class QedImage:
                     raise
                 reach //= 2
             else:
-                self._reach = reach
                 return mapping
 
     # -- looking up -------------------------------------------------------------------------------------------
@@ -176,15 +179,9 @@ class QedImage:
 
     # -- data -------------------------------------------------------------------------------------------------
 
-    def view_now(self, place: int, length: int) -> memoryview | None:
-        """Return a view of the file's pages if they are in memory; only to be sent (see Mapping)."""
-        if place + length > self._reach or not self._mapping.resident(place, length):
-            return None
-        return self._mapping.view(place, length)
-
     async def view(self, place: int, length: int) -> Buffer:
         """Return what :meth:`view_now` does, having read the pages first."""
-        if place + length > self._reach:
+        if place + length > self._mapping.reach:
             return await self._worker.run(pread_exact, self._fd, length, place)
         view = self._mapping.view(place, length)  # taken first: it keeps the place from being used again
         await self._worker.run(_warm, self._fd, length, place)
@@ -193,6 +190,25 @@ class QedImage:
     async def read(self, place: int, length: int) -> bytes:
         """Return bytes to be looked at, which those of a view must not be. Raises OSError."""
         return await self._worker.run(pread_exact, self._fd, length, place)
+
+    def write_at_once(self, place: int, data: Buffer) -> bool:
+        """Write into a cluster that is allocated before this returns; False: use another way."""
+        return self._prompt.write(data, place)
+
+    def write_new_at_once(self, cluster: int, within: int, data: Buffer) -> bool:
+        """Allocate a cluster that holds ``data`` in zeroes, map it and note it, before this returns, or do nothing."""
+        if not (self._prompt.ready() and self._epochs.can_note(cluster)):
+            return False
+        place = self._space.append_untouched()
+        if place is None:
+            return False
+        # The cluster lies in the file as a whole before anything leads there.
+        if not (self._prompt.lengthen(place + self.cluster_size) and self._prompt.write(data, place + within)):
+            self._space.release(place)
+            return False
+        self._epochs.add(cluster, place)
+        self._epochs.note(cluster)
+        return True
 
     def write_now(self, place: int, data: Buffer, done: WriteDone) -> bool:
         """Write into a cluster that is allocated, in a batch with others."""
@@ -212,6 +228,12 @@ class QedImage:
             raise OSError(errno.EIO, "the image could not be made durable before")
         await self._worker.run(_write, self._fd, buffers, place, self._mapping.generation)
 
+    async def write_in_zeroes(self, place: int, within: int, data: Buffer) -> None:
+        """Write a part of a cluster that was never used; all the rest of it stays a hole. Raises OSError."""
+        if self._epochs.failed:
+            raise OSError(errno.EIO, "the image could not be made durable before")
+        await self._worker.run(_write_in_hole, self._fd, data, place + within, place + self.cluster_size)
+
     @property
     def fd(self) -> int:
         """The file, for those who write into places they allocated."""
@@ -226,6 +248,11 @@ class QedImage:
         """
         self._epochs.reserve_table(cluster)
         return self._space.allocate(count)
+
+    def allocate_untouched(self, cluster: int) -> int | None:
+        """Return the place of a new cluster that reads as zeroes (see :meth:`write_in_zeroes`), if there is one."""
+        self._epochs.reserve_table(cluster)
+        return self._space.append_untouched()
 
     def release(self, place: int, count: int) -> None:
         """Give back clusters that were allocated and never mapped."""
@@ -322,7 +349,8 @@ class QedImage:
 
         This is done on the loop: nobody may be given a place behind the end before the file has been cut.
         """
-        os.ftruncate(self._fd, self._space.end)
+        self._prompt.cut(self._space.end)
+        self._space.cut()
 
     # -- the header, closing ----------------------------------------------------------------------------------
 
@@ -385,6 +413,14 @@ def _warm(fd: int, length: int, place: int) -> None:
 def _write(fd: int, buffers: Sequence[Buffer], place: int, _generation: object) -> None:
     """Write, with a reference to the generation held even if nobody waits for it any more (*blocking*)."""
     pwritev_all(fd, buffers, place)
+
+
+def _write_in_hole(fd: int, data: Buffer, offset: int, end: int) -> None:
+    """Write, and see that the file reaches to ``end``: as a whole it lies in it before anything leads there."""
+    pwrite_all(fd, data, offset)
+    if os.fstat(fd).st_size < end:
+        # No truncation: others make the file longer, too.
+        pwrite_all(fd, b"\0", end - 1)
 
 
 def _copy(fd: int, place: int, target: int, length: int) -> None:

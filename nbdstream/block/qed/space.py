@@ -20,6 +20,8 @@ class Space:
     def __init__(self, cluster_size: int, end: int) -> None:
         self._cluster_size = cluster_size
         self.end = end
+        self.untouched = end
+        """From here on nothing was ever given out: where the file is longer, or made longer, it reads as zeroes."""
         self._free: list[tuple[int, int]] = []  # (offset, end) of free runs below `end`; sorted, never touching
 
     @classmethod
@@ -31,7 +33,7 @@ class Space:
             if first > last:
                 space._free.append((last * cluster_size, first * cluster_size))
             last = behind
-        space.end = last * cluster_size
+        space.end = space.untouched = last * cluster_size
         return space
 
     @property
@@ -59,7 +61,18 @@ class Space:
         """Return the offset of ``count`` new clusters at the end."""
         offset = self.end
         self.end += count * self._cluster_size
+        self.untouched = max(self.untouched, self.end)
         return offset
+
+    def append_untouched(self) -> int | None:
+        """Return the offset of a new cluster that reads as zeroes; None if others are to be used first."""
+        if self._free or self.end < self.untouched:
+            return None
+        return self.append(1)
+
+    def cut(self) -> None:
+        """Note that the file was cut off at the end."""
+        self.untouched = self.end
 
     def release(self, offset: int, count: int = 1) -> None:
         """Take clusters back. Nothing refers to them any more, neither durably nor in memory."""

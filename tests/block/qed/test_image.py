@@ -130,7 +130,7 @@ async def test_beyond_the_reach_of_the_mapping_data_is_read_all_the_same(
     image: QedImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = await store(image, 0, b"\x01" * CLUSTER)
-    monkeypatch.setattr(image, "_reach", place)
+    monkeypatch.setattr(image._mapping, "reach", place)
     assert image.view_now(place, CLUSTER) is None
     assert bytes(await image.view(place, CLUSTER)) == b"\x01" * CLUSTER
 

@@ -25,6 +25,7 @@ class SpaceMachine(RuleBasedStateMachine):
     def begin(self, used: list[bool]) -> None:
         self.space = Space.of_used(CLUSTER, bitarray(used))
         self.used = {number for number, bit in enumerate(used) if bit}
+        self.touched = set(range(self.space.end // CLUSTER))
         self.runs: list[range] = [range(number, number + 1) for number in self.used]
 
     def take(self, offset: int, count: int) -> None:
@@ -32,6 +33,7 @@ class SpaceMachine(RuleBasedStateMachine):
         run = range(offset // CLUSTER, offset // CLUSTER + count)
         assert not self.used.intersection(run)
         self.used.update(run)
+        self.touched.update(run)
         self.runs.append(run)
 
     @rule(count=st.integers(1, 5))
@@ -48,6 +50,23 @@ class SpaceMachine(RuleBasedStateMachine):
         end = self.space.end
         assert self.space.append(count) == end
         self.take(end, count)
+
+    @rule()
+    def append_untouched(self) -> None:
+        end = self.space.end
+        offset = self.space.append_untouched()
+        number = end // CLUSTER
+        if offset is None:
+            assert self.space.free or number in self.touched
+        else:
+            assert offset == end
+            assert number not in self.touched
+            self.take(offset, 1)
+
+    @rule()
+    def cut(self) -> None:
+        self.space.cut()
+        self.touched = {number for number in self.touched if number < self.space.end // CLUSTER}
 
     @rule(limit=st.integers(0, 30))
     def allocate_below(self, limit: int) -> None:
