@@ -53,13 +53,14 @@ def measure_transfers(
         [MOVE],
         FAR_FLOORS if round_trip else FLOORS,
     )
-    place = on_unix(f"{sockets}/source")
-    seen_path = f"{sockets}/far" if round_trip else f"{sockets}/source"
+    source_path = f"{sockets}/{section.name}-source"  # a server may leave its socket's file behind
+    place = on_unix(source_path)
+    seen_path = f"{sockets}/far" if round_trip else source_path
     with contextlib.ExitStack() as stack:
         try:
             server = stack.enter_context(serving(source.argv(path, place.where), place))
             if round_trip:
-                stack.enter_context(long_line(f"{sockets}/source", seen_path, round_trip))
+                stack.enter_context(long_line(source_path, seen_path, round_trip))
             _warm_up(path, f"{scratch}/destination")
         except BenchError as error:
             for mover in movers:

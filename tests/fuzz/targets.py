@@ -32,7 +32,7 @@ from nbdstream.wire.nbd import (
     TransmissionFlag,
 )
 from nbdstream.wire.negotiation import MAXIMUM_OPTION, Negotiation, Phase, Tls
-from nbdstream.wire.transmission import Request, Transmission, context_ids
+from nbdstream.wire.transmission import SMALL_PAYLOAD, Request, Transmission, context_ids
 from tests.fuzz.images import image
 
 if TYPE_CHECKING:
@@ -253,8 +253,9 @@ def _ask(portions: Iterator[bytes], agreement: Agreement) -> _Asked:
                 if not waiting:
                     break
                 payload = bytearray()
-            # Only the payload of a WRITE that will be done is kept, the beginning of a header, or a list of contexts.
-            assert waiting or len(kept) < _LONGEST_HEAD
+            # Only the payload of a WRITE that will be done is kept (a small one with its header), the beginning of a
+            # header, or a list of contexts.
+            assert waiting or len(kept) < _LONGEST_HEAD + SMALL_PAYLOAD
     except ProtocolError as raised:
         return _Asked(asked, 0, finished=False, error=str(raised))
     left = len(kept)
