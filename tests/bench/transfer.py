@@ -54,13 +54,14 @@ def measure_transfers(
         [MOVE],
         FAR_FLOORS if round_trip else FLOORS,
     )
-    place = on_unix(f"{sockets}/source")
-    seen_path = f"{sockets}/far" if round_trip else f"{sockets}/source"
+    socket_path = f"{sockets}/{section.name}"
+    seen_path = f"{sockets}/far" if round_trip else socket_path
+    place = on_unix(socket_path)
     with contextlib.ExitStack() as stack:
         try:
             server = stack.enter_context(serving(source.argv(path, place.where), place))
             if round_trip:
-                stack.enter_context(long_line(f"{sockets}/source", seen_path, round_trip))
+                stack.enter_context(long_line(socket_path, seen_path, round_trip))
             _warm_up(path, f"{scratch}/destination")
         except BenchError as error:
             for mover in movers:
