@@ -25,7 +25,7 @@ Int: TypeAlias = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 class Arguments(msgspec.Struct, forbid_unknown_fields=True, rename="kebab"):
     """What a command takes; by itself, nothing."""
 
-    REFUSED: ClassVar[Mapping[str, str]] = {}
+    REFUSED: ClassVar[dict[str, str]] = {}
     """Members that QEMU's command has and that are not honoured here, with the reason."""
 
 

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import re
-from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple
 
 from msgspec import UNSET, UnsetType
@@ -18,7 +17,7 @@ from nbdstream.wire.nbd import TransmissionFlag
 from nbdstream.wire.qmp import QmpError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from typing import TypeVar
 
     from nbdstream.block.device import BlockDevice
@@ -97,15 +96,13 @@ class Exports:
 class AddArguments(Arguments):
     """Of block-export-add: QAPI's BlockExportOptions for an NBD export."""
 
-    REFUSED: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {
-            "bitmaps": "images have no bitmaps here",
-            "allocation-depth": "an export offers it if its image has layers",
-            "writethrough": "clients ask for it with FUA",
-            "iothread": "there are no I/O threads to choose",
-            "fixed-iothread": "there are no I/O threads to choose",
-        }
-    )
+    REFUSED: ClassVar[dict[str, str]] = {
+        "bitmaps": "images have no bitmaps here",
+        "allocation-depth": "an export offers it if its image has layers",
+        "writethrough": "clients ask for it with FUA",
+        "iothread": "there are no I/O threads to choose",
+        "fixed-iothread": "there are no I/O threads to choose",
+    }
 
     type: Literal["nbd"]
     id: str
