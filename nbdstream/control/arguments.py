@@ -6,6 +6,7 @@ UNSET unless they are given, since null is nothing that QAPI knows.
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeAlias, TypeVar, get_args, get_origin
 
@@ -31,6 +32,9 @@ class Arguments(msgspec.Struct, forbid_unknown_fields=True, rename="kebab"):
 
 A = TypeVar("A", bound=Arguments)
 
+_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,254}")
+"""As QEMU has it, and no longer than a line."""
+
 _NAMES: Final = {int: "integer", str: "string", bool: "boolean", list: "array"}
 
 
@@ -50,6 +54,12 @@ def parse_arguments(given: Mapping[str, Any], arguments: type[A]) -> A:
         if member not in names:
             raise QmpError(f"Parameter '{member}' is unexpected")
     return msgspec.convert(given, arguments)
+
+
+def check_id(text: str, refusal: str) -> None:
+    """Raise QmpError with the text ``refusal`` for what cannot be an id."""
+    if not _ID.fullmatch(text):
+        raise QmpError(refusal)
 
 
 def _check(member: str, value: object, expected: Any) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple
 
 from msgspec import UNSET, UnsetType
 
 from nbdstream.block.chain import open_device
-from nbdstream.control.arguments import Arguments
+from nbdstream.control.arguments import Arguments, check_id
 from nbdstream.server.export import Export
 from nbdstream.wire.nbd import TransmissionFlag
 from nbdstream.wire.qmp import QmpError
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,254}")
-"""What QEMU takes as an id."""
 
 BLOCK_EXPORT_DELETED: Final = "BLOCK_EXPORT_DELETED"
 
@@ -125,7 +121,7 @@ class DelArguments(Arguments):
 class ExportCommands:
     """query-block-exports, block-export-add and block-export-del."""
 
-    def __init__(self, exports: Exports, server: NbdServer, emit: Callable[[str, dict[str, object]], None]) -> None:
+    def __init__(self, exports: Exports, server: NbdServer, emit: Callable[[str, dict[str, Any]], None]) -> None:
         """``emit`` is told of events."""
         self._exports = exports
         self._server = server
@@ -163,8 +159,7 @@ class ExportCommands:
     async def _add(self, arguments: AddArguments) -> object:
         name = arguments.node_name if arguments.name is UNSET else arguments.name
         async with self._adding:
-            if not _ID.fullmatch(arguments.id):
-                raise QmpError("Invalid block export id")
+            check_id(arguments.id, "Invalid block export id")
             if arguments.id in self._exports.images:
                 raise QmpError(f"Block export id '{arguments.id}' is already in use")
             if any(export.name == name for export in self._server.exports):

@@ -1,29 +1,27 @@
-"""A control socket with a few commands, and raw clients for it."""
+"""A control socket, raw clients for it, and a disk that is streamed from a source of a few clusters."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import shutil
-import tempfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from qemu.qmp import QMPClient
 
 from nbdstream.control.commands import Commands
+from nbdstream.control.disk import DiskCommands
 from nbdstream.control.server import ControlServer
+from nbdstream.stream import source as source_module
+from nbdstream.stream.disk import DiskStream
+from tests.stream.conftest import directory, disk, records_of_their_own, server  # noqa: F401 - fixtures
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
+    from pathlib import Path
 
-
-@pytest.fixture
-def directory() -> Iterator[str]:
-    """A directory with a short name, as unix sockets need it."""
-    path = tempfile.mkdtemp(prefix="nbdstream-")
-    yield path
-    shutil.rmtree(path)
+    from tests.stream.peers import SourceServer
 
 
 class RawClient:
@@ -83,10 +81,10 @@ class RawClient:
 
 
 @pytest.fixture
-async def control(directory: str) -> AsyncIterator[ControlServer]:
+async def control(directory: str) -> AsyncIterator[ControlServer]:  # noqa: F811
     """It is bound, and nobody can connect yet."""
-    async with ControlServer(f"{directory}/control") as server:
-        yield server
+    async with ControlServer(f"{directory}/control") as control:
+        yield control
 
 
 @pytest.fixture
@@ -98,3 +96,28 @@ def stopped() -> asyncio.Event:
 @pytest.fixture
 def commands(stopped: asyncio.Event) -> Commands:
     return Commands(stopped.set)
+
+
+@pytest.fixture
+async def stream(
+    server: SourceServer,  # noqa: F811
+    tmp_path: Path,
+    control: ControlServer,
+    commands: Commands,
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[DiskStream]:
+    """A disk of 40 clusters that nothing streams yet, under control."""
+    monkeypatch.setattr(source_module, "_FIRST_PAUSE_SECONDS", 0.01)
+    async with await DiskStream.start(server.uri, str(tmp_path / "overlay.qed"), job=False) as stream:
+        DiskCommands(stream, control.emit).add_to(commands)
+        await control.begin(commands)
+        yield stream
+
+
+@pytest.fixture
+async def qmp(stream: DiskStream, control: ControlServer) -> AsyncIterator[QMPClient]:
+    """The qemu.qmp library, connected."""
+    client = QMPClient("test")
+    await client.connect(control.path)
+    yield client
+    await client.disconnect()

@@ -238,7 +238,8 @@ async def test_what_is_being_done_is_given_up_when_it_closes(directory: str, com
 async def test_more_clients_than_may_be_are_turned_away(control: ControlServer, commands: Commands) -> None:
     await control.begin(commands)
     clients = [await RawClient.negotiate(control.path) for _ in range(MOST_CLIENTS)]
-    assert await (late := await RawClient.connect(control.path)).ended()
+    late = await RawClient.connect(control.path)
+    assert await late.ended()
     late.close()
     clients.pop().close()
     async with asyncio.timeout(10):
