@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from msgspec import UNSET, UnsetType
+
 from nbdstream.control.arguments import Arguments, Int, check_id
 from nbdstream.control.events import X_DISK_INDEPENDENT, described
 from nbdstream.stream.disk import DEFAULT_STEP_BYTES, DEVICE
@@ -84,7 +86,7 @@ class StepArguments(Arguments):
     """Of x-block-stream-step."""
 
     device: str
-    offset: Int = 0
+    offset: Int | UnsetType = UNSET
     length: Int = DEFAULT_STEP_BYTES
 
 
@@ -208,8 +210,9 @@ class DiskCommands:
     async def _step(self, arguments: StepArguments) -> object:
         self._check_device(arguments.device)
         was_independent = self._disk.independent
+        offset = self._disk.next_remote(0) if arguments.offset is UNSET else arguments.offset
         try:
-            done = await self._disk.step(arguments.offset, arguments.length)
+            done = await self._disk.step(offset, arguments.length)
         except ValueError as error:
             raise QmpError(str(error)) from error
         if done.finished and not was_independent:
