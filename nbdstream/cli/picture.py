@@ -87,7 +87,8 @@ def describe(status: dict[str, Any]) -> list[str]:
     length, position = status["length"], status["position"]
     share = math.floor(100 * position / length) if length else 100
     lines = [
-        f"disk:    {_printable(status['path'])} ({status['device']}), {_state(status)}",
+        f"disk:    {status['device']}, {_printable(status['path'])}",
+        f"state:   {_state(status)}",
         f"local:   {format_size(position)} of {format_size(length)} ({share}%) need the source no more",
     ]
     if "source" in status:

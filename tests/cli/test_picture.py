@@ -92,7 +92,8 @@ def test_a_run_of_one_colour_has_one_escape_sequence() -> None:
 
 def test_a_status_is_described() -> None:
     assert describe(STATUS) == [
-        "disk:    /images/overlay.qed (disk0), running",
+        "disk:    disk0, /images/overlay.qed",
+        "state:   running",
         "local:   256 MiB of 1 GiB (25%) need the source no more",
         "source:  nbd://host/disk",
         "job:     disk0, running, no limit",
@@ -104,12 +105,12 @@ def test_a_status_is_described() -> None:
 
 def test_a_degraded_disk_says_why_and_since_when() -> None:
     lines = describe(STATUS | {"status": "degraded", "reason": "it is gone", "since": 0.0, "fetch-rate": 0})
-    assert re.fullmatch(r"disk: .* degraded since \d\d:\d\d:\d\d: it is gone", lines[0])
-    assert "? left" in lines[4]
+    assert re.fullmatch(r"state:   degraded since \d\d:\d\d:\d\d: it is gone", lines[1])
+    assert "? left" in lines[5]
 
 
 def test_a_full_disk_is_told() -> None:
-    assert re.search(r"running; its disk is full since \d\d:\d\d:\d\d$", describe(STATUS | {"full-since": 0.0})[0])
+    assert re.search(r"running; its disk is full since \d\d:\d\d:\d\d$", describe(STATUS | {"full-since": 0.0})[1])
 
 
 def test_an_independent_disk_has_no_source_and_no_time_left() -> None:
@@ -120,7 +121,7 @@ def test_an_independent_disk_has_no_source_and_no_time_left() -> None:
 
 
 def test_an_empty_disk_can_be_described() -> None:
-    assert "(100%)" in describe(STATUS | {"length": 0, "position": 0})[1]
+    assert "(100%)" in describe(STATUS | {"length": 0, "position": 0})[2]
 
 
 def test_nothing_in_a_name_moves_the_cursor() -> None:

@@ -128,12 +128,12 @@ def test_on_a_terminal_it_is_a_picture_until_q(pair: CommandPair) -> None:
     with terminal("--control", control(pair), "--interval", "0.1") as shown:
         shown.wait_for("(50%)")
         nbdstream("job", "step", "--control", control(pair))
-        shown.wait_for(", independent")
+        shown.wait_for("state:   independent")
         shown.press("q")
         assert shown.wait() == 0
         assert shown.shown.startswith("\033[?1049h")
         left = shown.shown.rpartition("\033[?1049l")[2]
-        assert "independent" in left
+        assert "state:   independent" in left
 
 
 def test_it_ends_on_ctrl_c(pair: CommandPair) -> None:
