@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nbdstream.cli import arguments
-from nbdstream.cli.limits import seconds
 from nbdstream.cli.picture import MOST_CELLS, Style, columns_for, frame
 from nbdstream.cli.running import stop_signals
 from nbdstream.errors import ControlLostError
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--control", required=True, metavar="PATH", help="the streamer's control socket")
     parser.add_argument("--once", action="store_true", help="show one picture and end")
     parser.add_argument(
-        "--interval", type=seconds, default=0.5, metavar="SECONDS", help="between two pictures (default: 0.5)"
+        "--interval", type=arguments.seconds, default=0.5, metavar="SECONDS", help="between two pictures (default: 0.5)"
     )
     arguments.add_json(parser)
 

@@ -255,6 +255,7 @@ def test_a_server_of_another_protocol_is_named(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
+        listener.settimeout(30)
         with Command("job", "status", "--control", path) as asking:
             connection, _ = listener.accept()
             connection.sendall(b"220 hello\r\n")
