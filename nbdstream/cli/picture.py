@@ -96,7 +96,7 @@ def describe(status: dict[str, Any]) -> list[str]:
     lines.append(f"job:     {_job(status)}")
     lines.append(
         f"fetched: {format_size(status['fetched'])}, now {format_rate(status['fetch-rate'])}"
-        + (f", {_time_left(status)} left" if status["status"] != "independent" else "")
+        + (f", {_time_left(status)} left" if status.get("job", {}).get("status") == "running" else "")
     )
     lines.append(
         f"guest:   reads {format_rate(status['read-rate'])}, writes {format_rate(status['write-rate'])}, "

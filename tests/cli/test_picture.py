@@ -120,6 +120,11 @@ def test_an_independent_disk_has_no_source_and_no_time_left() -> None:
     assert "job:     none" in lines
 
 
+def test_while_nothing_streams_nobody_knows_what_is_left() -> None:
+    paused = STATUS | {"job": {"device": "disk0", "status": "paused", "speed": 0}}
+    assert "left" not in "\n".join(describe(paused))
+
+
 def test_an_empty_disk_can_be_described() -> None:
     assert "(100%)" in describe(STATUS | {"length": 0, "position": 0})[2]
 
