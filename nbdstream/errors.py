@@ -35,6 +35,14 @@ class ListenError(NbdstreamError):
     """The server cannot listen where it was told to: the port or the socket is in use."""
 
 
+class ControlError(NbdstreamError):
+    """A control socket cannot be reached, or refuses what it is asked."""
+
+
+class ControlLostError(ControlError):
+    """Whoever was at the other end of a control socket has ended, or has cut us off."""
+
+
 class ProtocolError(Exception):
     """The peer broke the protocol so that the stream cannot be followed any further.
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 COMMANDS = {
     "serve": "export an image over NBD",
     "stream": "run on a remote disk at once, and make it local in the background",
+    "job": "control the job that streams a disk",
+    "top": "watch a disk being streamed",
     "create": "make a QED image or overlay",
     "info": "say what an image or export is",
     "map": "list which parts hold data, zeroes, or are still remote",

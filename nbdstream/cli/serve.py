@@ -11,26 +11,28 @@ The NBD URIs are logged once clients can connect. SIGTERM and SIGINT finish what
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import AsyncExitStack
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from nbdstream.block.chain import open_device
 from nbdstream.cli import arguments, exports
+from nbdstream.cli.control import add_control, control_socket
 from nbdstream.cli.exports import ExportSpec
 from nbdstream.cli.limits import add_limits, limits
 from nbdstream.cli.listening import Listening, add_listening, refuse_exposure
 from nbdstream.cli.running import either, stop_signals
 from nbdstream.cli.stdio import Stdio
 from nbdstream.cli.tls import add_tls, tls_policy
-from nbdstream.server.export import Export
+from nbdstream.control.commands import Commands
+from nbdstream.control.exports import ExportCommands, Exports
 from nbdstream.server.server import NbdServer
 from nbdstream.service import notify
 from nbdstream.service.activation import activated_sockets
 
 if TYPE_CHECKING:
     import argparse
+
+    from nbdstream.server.export import Export
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let at most N clients have an export open at a time (default: 0, no limit of its own)",
     )
     add_listening(parser)
+    add_control(parser)
     add_tls(parser)
     add_limits(parser)
 
@@ -73,11 +76,20 @@ async def run(options: argparse.Namespace) -> int:
     if not (options.insecure or (policy and policy.required)):
         await refuse_exposure([*where.activated, stdio.socket] if stdio else where.activated, where.tcp)
     async with AsyncExitStack() as stack:
-        opened = [await _open(spec, stack, shared=options.shared) for spec in specs]
+        control = await stack.enter_async_context(control_socket(options))
+        images = Exports(shared=options.shared or None)
+        stack.push_async_callback(images.close)
+        opened = [await _open(f"export{number}", spec, images) for number, spec in enumerate(specs)]
         server = NbdServer(opened, limits=limits(options), tls=policy)
         stack.push_async_callback(server.close)
         with stop_signals() as stop:
             await where.begin(server, options)
+            if control:
+                commands = Commands(stop.set)
+                exported = ExportCommands(images, server, control.emit)
+                stack.push_async_callback(exported.close)
+                exported.add_to(commands)
+                await control.begin(commands)
             for uri, spec in zip(server.uris, cycle(specs), strict=False):
                 log.info("serving %s at %s", spec.path, uri)
             notify.ready(f"serving {specs[0].path if len(specs) == 1 else f'{len(specs)} exports'}")
@@ -103,18 +115,16 @@ def _specs(options: argparse.Namespace) -> list[ExportSpec]:
     )
 
 
-async def _open(spec: ExportSpec, stack: AsyncExitStack, *, shared: int) -> Export:
-    writable = bool(spec.writable)
-    device = await open_device(spec.path, spec.image_format, spec.backing_formats or (), writable=writable)
-    stack.push_async_callback(device.close)
-    description = os.fsencode(spec.path).decode(errors="replace") if spec.description is None else spec.description
+async def _open(export_id: str, spec: ExportSpec, images: Exports) -> Export:
     try:
-        return Export(
+        return await images.open(
+            export_id,
+            spec.path,
             spec.name or "",
-            device,
-            writable=writable,
-            description=description,
-            max_connections=shared or None,
+            image_format=spec.image_format,
+            backing_formats=spec.backing_formats or (),
+            writable=bool(spec.writable),
+            description=spec.description,
             allow=spec.allow,
         )
     except ValueError as error:

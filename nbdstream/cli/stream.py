@@ -14,11 +14,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+from contextlib import AsyncExitStack
 
 from nbdstream.block.remote.export import DEFAULT_MEMORY, DEFAULT_STALL_SECONDS
 from nbdstream.cli import arguments
+from nbdstream.cli.control import add_control, control_socket
 from nbdstream.cli.progress import Reporter, bar, json_lines
 from nbdstream.cli.running import either, stop_signals
+from nbdstream.control.commands import Commands
+from nbdstream.control.disk import DiskCommands
 from nbdstream.service import notify
 from nbdstream.stream.disk import DiskStream
 from nbdstream.stream.source import SourceOptions
@@ -99,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument("-p", dest="progress", action="store_const", const="bar", help="the same as --progress bar")
     shown.add_argument("--progress", choices=sorted(_REPORTS), help="show a bar, or a line of JSON a second")
     parser.add_argument("--tls-certificates", metavar="DIR", help="ca-cert.pem, client-cert.pem and client-key.pem")
+    add_control(parser)
     arguments.add_socket_access(parser)
 
 
@@ -114,7 +119,9 @@ def _source_options(options: argparse.Namespace) -> SourceOptions:
 
 async def run(options: argparse.Namespace) -> int:
     """Stream, and serve until told to stop."""
-    with stop_signals() as stop:
+    async with AsyncExitStack() as stack:
+        stop = stack.enter_context(stop_signals())
+        control = await stack.enter_async_context(control_socket(options))
         disk = await DiskStream.start(
             options.source,
             options.overlay,
@@ -128,17 +135,19 @@ async def run(options: argparse.Namespace) -> int:
             speed=options.rate,
             guest_latency=options.guest_latency,
         )
-        try:
-            for uri in disk.uris:
-                log.info("serving %s at %s", options.overlay, uri)
-            notify.ready(f"streaming {options.overlay}")
-            finished = await _stream(disk, stop, options.progress)
-            if finished and options.unix:
-                notify.status(f"{options.overlay} is independent")
-                await stop.wait()
-            notify.stopping()
-        finally:
-            await disk.close()
+        await stack.enter_async_context(disk)
+        if control:
+            commands = Commands(stop.set)
+            DiskCommands(disk, control.emit).add_to(commands)
+            await control.begin(commands)
+        for uri in disk.uris:
+            log.info("serving %s at %s", options.overlay, uri)
+        notify.ready(f"streaming {options.overlay}")
+        finished = await _stream(disk, stop, options.progress)
+        if finished and options.unix:
+            notify.status(f"{options.overlay} is independent")
+            await stop.wait()
+        notify.stopping()
     if not finished:
         log.warning("stopped before %s was independent: the same command resumes it", options.overlay)
     return 0 if finished else _STOPPED_EARLY

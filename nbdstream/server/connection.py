@@ -66,7 +66,7 @@ class Connection(asyncio.BufferedProtocol):
         """
         self._transport = transport
         self._join = join
-        self._export = export
+        self.export = export
         self._limits = limits
         self._memory = memory
         self._closed = closed
@@ -99,8 +99,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def begin(self, received: bytes) -> None:
         """Begin with what the client sent behind its handshake."""
-        _log.debug("%s: opened export %r", self._peer, self._export.name)
-        self._export.connections += 1
+        _log.debug("%s: opened export %r", self._peer, self.export.name)
+        self.export.connections += 1
         self._transport.set_write_buffer_limits(high=self._limits.reply_backlog)
         self._view[: len(received)] = received
         self._end = len(received)
@@ -156,7 +156,7 @@ class Connection(asyncio.BufferedProtocol):
         """Let go of the client. What only reads is given up; what changes the device is finished."""
         _log.debug("%s: closed%s", self._peer, f": {exc}" if exc else "")
         self._lost = True
-        self._export.connections -= 1
+        self.export.connections -= 1
         if self._linger:
             self._linger.cancel()
         self._replies.clear()
@@ -187,7 +187,7 @@ class Connection(asyncio.BufferedProtocol):
         self._settle()
 
     def _serve_batch(self) -> None:
-        device, wire_replies = self._export.device, self._transmission.replies
+        device, wire_replies = self.export.device, self._transmission.replies
         read_now, write_at_once = device.read_now, device.write_at_once
         read_header, done = wire_replies.read_header, wire_replies.done
         replies = self._replies
@@ -225,9 +225,9 @@ class Connection(asyncio.BufferedProtocol):
                 if self._write_paused:
                     self._stalled = True
                     break
-        self._export.requests += requests
-        self._export.bytes_read += total
-        self._export.bytes_written += written
+        self.export.requests += requests
+        self.export.bytes_read += total
+        self.export.bytes_written += written
 
     def _serve(self, fields: RequestFields) -> bool:
         """Refuse a request or begin it; return False if it has to wait, and whatever comes behind it."""
@@ -271,7 +271,7 @@ class Connection(asyncio.BufferedProtocol):
         request = self._incoming
         assert request is not None
         self._incoming = None
-        self._export.requests += 1
+        self.export.requests += 1
         self._in_flight.start(request._replace(payload=self._payload))
         self._payload = memoryview(b"")
 

@@ -39,7 +39,11 @@ class Host(Protocol):
 
     @property
     def exports(self) -> Sequence[Export]:
-        """What can be opened; the first is the default."""
+        """What can be opened."""
+
+    @property
+    def default(self) -> str:
+        """The name of the export that the empty name stands for."""
 
     @property
     def limits(self) -> Limits:
@@ -81,6 +85,7 @@ class Handshake(asyncio.Protocol):
         """Inside TLS: what the client's certificate says that it is."""
         self._negotiation = Negotiation(
             [export.info for export in host.exports],
+            default=host.default,
             admit=self._admit,
             permit=self._permit,
             tls=_mode(host.tls),
@@ -151,10 +156,13 @@ class Handshake(asyncio.Protocol):
         self._transport.abort()
 
     def _admit(self, info: ExportInfo) -> str | None:
-        return self._export(info).refusal()
+        export = self._export(info)
+        assert export is not None  # it was permitted in this very turn of the loop
+        return export.refusal()
 
     def _permit(self, info: ExportInfo) -> bool:
-        return self._export(info).permits(self._names or ())
+        export = self._export(info)
+        return export is not None and export.permits(self._names or ())
 
     async def _secure(self) -> None:
         """Go over to TLS, within the time that the whole handshake has."""
@@ -187,8 +195,9 @@ class Handshake(asyncio.Protocol):
         if early.data:
             self.data_received(bytes(early.data))
 
-    def _export(self, info: ExportInfo) -> Export:
-        return next(export for export in self._host.exports if export.info is info)
+    def _export(self, info: ExportInfo) -> Export | None:
+        """Return the export; None if it has been removed since the client connected."""
+        return next((export for export in self._host.exports if export.info is info), None)
 
     def _too_slow(self) -> None:
         _log.info("%s: opened no export within %g s", self._peer, self._host.limits.handshake_time)
@@ -200,6 +209,7 @@ class Handshake(asyncio.Protocol):
         host = self._host
         self._end()
         export = self._export(agreement.export)
+        assert export is not None  # it was admitted in this very turn of the loop
         # Only uvloop, and without TLS, leaves it to the kernel to look at what is sent.
         bare = self._names is None and isinstance(asyncio.get_running_loop(), uvloop.Loop)
         self.connection = Connection(

@@ -41,25 +41,28 @@ class NbdServer:
         Raises ValueError if two have one name, or if one is for certain clients only and there is no ``tls`` to tell
         them by.
         """
-        names = [export.name for export in exports]
-        if len(set(names)) != len(names):
-            msg = f"two exports have one name: {sorted(names)}"
-            raise ValueError(msg)
-        if tls is None and any(export.allow is not None for export in exports):
-            raise ValueError("without TLS nobody can be told by a certificate")
-        self.exports = list(exports)
+        self.default = exports[0].name if exports else ""
+        """The name that the empty name stands for, also while there is no such export: a client that comes back for
+        the default never gets another one."""
+        self.exports: list[Export] = []
         self.limits = limits
         self.tls = tls
         self.memory = PayloadMemory()
         self.joiner = KernelJoin()
-        self.uris: list[str] = []
-        """An NBD URI for every export on every socket that it is listened on."""
         self._servers: list[asyncio.Server] = []
         self._files: list[tuple[str, tuple[int, int]]] = []
         self._handshakes: set[Handshake] = set()
         self._connections: set[Connection] = set()
         self._closing = False
         self._changed = asyncio.Event()
+        for export in exports:
+            self.add_export(export)
+
+    @property
+    def uris(self) -> list[str]:
+        """An NBD URI for every export on every socket that is listened on."""
+        listening = [sock for server in self._servers for sock in server.sockets]
+        return [str(self._uri(sock, export)) for sock in listening for export in self.exports]
 
     @property
     def connection_count(self) -> int:
@@ -70,6 +73,24 @@ class NbdServer:
     def handshake_count(self) -> int:
         """Clients that have not opened an export yet."""
         return len(self._handshakes)
+
+    def add_export(self, export: Export) -> None:
+        """Offer one more export, to clients that connect from now on. Raises ValueError, see ``__init__``."""
+        if any(other.name == export.name for other in self.exports):
+            raise ValueError(f"two exports have one name: {export.name!r}")
+        if self.tls is None and export.allow is not None:
+            raise ValueError("without TLS nobody can be told by a certificate")
+        self.exports.append(export)
+
+    async def remove_export(self, export: Export) -> None:
+        """Offer an export no more, and cut its clients off; return when nothing of theirs is in flight."""
+        self.exports.remove(export)
+        for connection in list(self._connections):
+            if connection.export is export:
+                connection.abort()
+        while any(connection.export is export for connection in self._connections):
+            self._changed.clear()
+            await self._changed.wait()
 
     async def listen_unix(self, path: str, *, mode: int = 0o600, group: str | None = None) -> None:
         """Listen on a unix socket of that file mode and group.
@@ -89,7 +110,7 @@ class NbdServer:
             reason = os.strerror(known) if known else getattr(error, "strerror", None) or error
             msg = f"cannot listen on {host} port {port}: {reason}"
             raise ListenError(msg) from None
-        self._add(server)
+        self._servers.append(server)
 
     async def listen_socket(self, sock: socket.socket, *, unlink: bool = False) -> None:
         """Listen on a stream socket that is bound already, and own it from now on. Raises ListenError.
@@ -170,15 +191,10 @@ class NbdServer:
         sock.setblocking(False)
         make = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
         try:
-            self._add(await make(lambda: Handshake(self), sock=sock, backlog=sockets.BACKLOG))
+            self._servers.append(await make(lambda: Handshake(self), sock=sock, backlog=sockets.BACKLOG))
         except OSError as error:
             msg = f"cannot listen on {sock.getsockname()}: {error.strerror or error}"
             raise ListenError(msg) from None
-
-    def _add(self, server: asyncio.Server) -> None:
-        self._servers.append(server)
-        for sock in server.sockets:
-            self.uris += [str(self._uri(sock, export)) for export in self.exports]
 
     def _uri(self, sock: socket.socket, export: Export) -> NbdUri:
         tls = export.allow is not None or (self.tls is not None and self.tls.required)

@@ -209,7 +209,7 @@ class DiskStream:
             raise JobError(f"{self.path}: streaming failed: {errors.exceptions[0]}") from errors
         finally:
             self._stepping = False
-        return StepResult(self._next_remote(offset + length), self.independent)
+        return StepResult(self.next_remote(offset + length), self.independent)
 
     async def _hydrate(self, hydration: Hydration, offset: int, end: int) -> None:
         cluster_size = self.overlay.image.cluster_size
@@ -219,7 +219,11 @@ class DiskStream:
             await hydration.complete()
             self._ended.set()
 
-    def _next_remote(self, offset: int) -> int:
+    def next_remote(self, offset: int) -> int:
+        """Return where the first remote cluster at or behind ``offset`` begins, or else the first one of the disk.
+
+        It is the disk's size if it is independent.
+        """
         remote = self.overlay.remote
         if remote is None:
             return self.overlay.size

@@ -84,12 +84,10 @@ class Agreement:
         return flags
 
 
-def find_export(exports: Sequence[ExportInfo], name: str) -> ExportInfo | None:
-    """Return the export of that name; the empty name is the default export, the first, unless one bears it."""
-    for export in exports:
-        if export.name == name:
-            return export
-    return exports[0] if exports and not name else None
+def find_export(exports: Sequence[ExportInfo], name: str, default: str) -> ExportInfo | None:
+    """Return the export of that name; the empty name stands for the one named ``default``, unless one bears it."""
+    names = {export.name: export for export in exports}
+    return names.get(name) or (None if name else names.get(default))
 
 
 def _is_power_of_2(number: int) -> bool:

@@ -67,12 +67,22 @@ class Phase(Enum):
 class Haggling:
     """The options of one client, in plain text or inside TLS."""
 
-    def __init__(self, exports: Sequence[ExportInfo], *, admit: Admit, permit: Permit, tls: Tls, padding: bool) -> None:
+    def __init__(
+        self,
+        exports: Sequence[ExportInfo],
+        *,
+        default: str,
+        admit: Admit,
+        permit: Permit,
+        tls: Tls,
+        padding: bool,
+    ) -> None:
         """``padding``: the client did not decline the zeroes behind the answer to EXPORT_NAME."""
         self.phase = Phase.OPTIONS
         """Where the options answered so far have led."""
         self.agreement: Agreement | None = None
         self._exports = exports
+        self._default = default
         self._admit = admit
         self._permit = permit
         self._tls = tls
@@ -200,7 +210,7 @@ class Haggling:
         self._reply(Opt.SET_META_CONTEXT, Rep.ACK)
 
     def _find(self, name: str, option: Opt) -> ExportInfo:
-        export = find_export(self._exports, name)
+        export = find_export(self._exports, name, self._default)
         if export and self._permit(export):
             return export
         if self._tls is Tls.OFFERED:

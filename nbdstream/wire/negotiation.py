@@ -46,14 +46,17 @@ class Negotiation:
         self,
         exports: Sequence[ExportInfo],
         *,
+        default: str | None = None,
         admit: Admit = lambda _export: None,
         permit: Permit = lambda _export: True,
         tls: Tls = Tls.OFF,
         maximum_option: int = MAXIMUM_OPTION,
         maximum_options: int = MAXIMUM_OPTIONS,
     ) -> None:
+        """``default`` is the name of the export that the empty name stands for; None: that of the first."""
         self.phase = Phase.GREETING
         self._exports = exports
+        self._default = default if default is not None else exports[0].name if exports else ""
         self._admit = admit
         self._permit = permit
         self._tls = tls
@@ -107,7 +110,14 @@ class Negotiation:
 
     def _begin(self, tls: Tls) -> None:
         padding = not self._client_flags & ClientFlag.NO_ZEROES
-        self._haggling = Haggling(self._exports, admit=self._admit, permit=self._permit, tls=tls, padding=padding)
+        self._haggling = Haggling(
+            self._exports,
+            default=self._default,
+            admit=self._admit,
+            permit=self._permit,
+            tls=tls,
+            padding=padding,
+        )
         self.phase = Phase.OPTIONS
 
     def _step(self) -> bool:

@@ -15,7 +15,7 @@ with atheris.instrument_imports(include=["nbdstream.wire", "nbdstream.block.qed"
 def main() -> None:
     """Run libFuzzer; it ends the process."""
     name, *arguments = sys.argv[1:]
-    dictionary = Path(__file__).with_name("nbd.dict")
+    dictionary = Path(__file__).with_name("qmp.dict" if name == "qmp" else "nbd.dict")
     atheris.Setup([sys.argv[0], f"-dict={dictionary}", *arguments], TARGETS[name])
     atheris.Fuzz()
 

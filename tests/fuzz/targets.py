@@ -1,6 +1,6 @@
 """What is fuzzed: the NBD cores and the hand-over's messages, by bytes alone, and what must hold whatever they are.
 
-(And images: see :mod:`tests.fuzz.images`.)
+(The control socket: see :mod:`tests.fuzz.qmp`; images: see :mod:`tests.fuzz.images`.)
 
 Each target takes one input and raises AssertionError where the core breaks its word:
 
@@ -34,6 +34,8 @@ from nbdstream.wire.nbd import (
 from nbdstream.wire.negotiation import MAXIMUM_OPTION, Negotiation, Phase, Tls
 from nbdstream.wire.transmission import SMALL_PAYLOAD, Request, Transmission, context_ids
 from tests.fuzz.images import image
+from tests.fuzz.portions import ways_to_cut
+from tests.fuzz.qmp import qmp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -94,7 +96,7 @@ def negotiation(data: bytes) -> None:
     """
     if len(data) < _HEAD:
         return
-    whole, *others = [_haggle(portions, data[0]) for portions in _ways_to_cut(data[1], data[_HEAD:])]
+    whole, *others = [_haggle(portions, data[0]) for portions in ways_to_cut(data[1], data[_HEAD:])]
     for other in others:
         assert other == whole, f"{other} is not {whole}"
     _check_replies(whole.sent)
@@ -115,7 +117,7 @@ def requests(data: bytes) -> None:
     if len(data) < _HEAD:
         return
     agreement = _agreement(data[0])
-    whole, *others = [_ask(portions, agreement) for portions in _ways_to_cut(data[1], data[_HEAD:])]
+    whole, *others = [_ask(portions, agreement) for portions in ways_to_cut(data[1], data[_HEAD:])]
     for other in others:
         assert other == whole, f"{other} is not {whole}"
     for request in whole.requests:
@@ -130,7 +132,7 @@ def handover(data: bytes) -> None:
     if len(data) < _HEAD:
         return
     decoder: Any = FROM_SOURCE if data[0] & 1 else FROM_DESTINATION
-    whole, *others = [_converse(portions, decoder) for portions in _ways_to_cut(data[1], data[_HEAD:])]
+    whole, *others = [_converse(portions, decoder) for portions in ways_to_cut(data[1], data[_HEAD:])]
     for other in others:
         assert other == whole, f"{other} is not {whole}"
     messages, error = whole
@@ -145,23 +147,8 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "requests": requests,
     "image": image,
     "handover": handover,
+    "qmp": qmp,
 }
-
-
-def _ways_to_cut(seed: int, stream: bytes) -> Iterator[Iterator[bytes]]:
-    """Give the stream whole, byte by byte, and in portions that grow and shrink with ``seed``."""
-    yield iter([stream])
-    yield (stream[at : at + 1] for at in range(len(stream)))
-    yield _uneven(seed, stream)
-
-
-def _uneven(seed: int, stream: bytes) -> Iterator[bytes]:
-    at = 0
-    while at < len(stream):
-        seed = (seed * 137 + 57) & 0xFFFF
-        length = 1 + (seed >> 8) % 48
-        yield stream[at : at + length]
-        at += length
 
 
 # -- negotiation --------------------------------------------------------------------------------------------

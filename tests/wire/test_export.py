@@ -12,15 +12,15 @@ DISK = ExportInfo("disk", 1 << 20, TransmissionFlag.HAS_FLAGS)
 
 def test_the_empty_name_is_the_first_export() -> None:
     other = replace(DISK, name="other")
-    assert find_export([DISK, other], "") is DISK
-    assert find_export([DISK, other], "other") is other
-    assert find_export([DISK, other], "none") is None
-    assert find_export([], "") is None
+    assert find_export([DISK, other], "", DISK.name) is DISK
+    assert find_export([DISK, other], "other", "") is other
+    assert find_export([DISK, other], "none", DISK.name) is None
+    assert find_export([], "", "gone") is None
 
 
 def test_an_export_that_bears_the_empty_name_is_found_by_it() -> None:
     unnamed = replace(DISK, name="")
-    assert find_export([DISK, unnamed], "") is unnamed
+    assert find_export([DISK, unnamed], "", DISK.name) is unnamed
 
 
 def test_df_is_offered_with_structured_replies_only() -> None:

@@ -1,0 +1,1 @@
+"""The control socket: QMP (wire.qmp) over what streams and what serves."""
