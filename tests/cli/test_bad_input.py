@@ -350,7 +350,10 @@ def held_by_qemu(path: str, *, writable: bool = True) -> Iterator[None]:
     node = {"driver": "qed", "node-name": "disk", "file": file, "backing": None, "read-only": not writable}
     pid_file = f"{path}.pid"
     with Process("qemu-storage-daemon", "--blockdev", json.dumps(node), "--pidfile", pid_file) as daemon:
-        wait_until(lambda: os.path.exists(pid_file) or not daemon.running, "qemu-storage-daemon")
+        wait_until(
+            lambda: not daemon.running or (os.path.exists(pid_file) and os.path.getsize(pid_file)),
+            "qemu-storage-daemon",
+        )
         assert daemon.running, daemon
         yield
         daemon.stop()
@@ -440,4 +443,3 @@ def test_without_libnbd_one_sentence_says_what_to_install(tmp_path: Path) -> Non
     result = run("env", f"PYTHONPATH={tmp_path}", NBDSTREAM, "info", "x", status=1)
     assert result.stderr.count("\n") == 1
     assert "python3-libnbd" in result.stderr
-
