@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from nbdstream.stream.disk import DiskStream
     from tests.stream.peers import SourceDisk, SourceServer
 
+DOCUMENT = (Path(__file__).parents[2] / "docs/control.md").read_text()
 BLOCK_JOB = {"device": DEVICE}
 JOB = {"id": DEVICE}
 
@@ -303,3 +305,8 @@ async def test_the_map_shows_where_it_is(qmp: QMPClient, disk: SourceDisk) -> No
     assert [column["local"] for column in found["columns"]] == [0, 10 * CLUSTER, 0, 0]
     assert [column["remote"] for column in found["columns"]] == [10 * CLUSTER, 0, 10 * CLUSTER, 10 * CLUSTER]
     assert len((await execute(qmp, "x-query-map", columns=MOST_COLUMNS))["columns"]) == 40
+
+
+async def test_every_command_is_documented(qmp: QMPClient) -> None:
+    for command in await execute(qmp, "query-commands"):
+        assert f"`{command['name']}`" in DOCUMENT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,10 +19,11 @@ from tests.support.qed import qemu_img
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from nbdstream.control.commands import Commands
     from nbdstream.control.server import ControlServer
+
+DOCUMENT = (Path(__file__).parents[2] / "docs/control.md").read_text()
 
 
 @pytest.fixture
@@ -249,3 +251,8 @@ async def test_a_name_that_cannot_go_over_the_wire_is_refused(served: Served, im
 )
 async def test_wrong_deletions_are_refused(served: Served, arguments: dict[str, object], text: str) -> None:
     assert await served.refusal("block-export-del", **arguments) == text
+
+
+async def test_every_command_is_documented(served: Served) -> None:
+    for command in await served.execute("query-commands"):
+        assert f"`{command['name']}`" in DOCUMENT
