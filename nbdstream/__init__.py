@@ -1,6 +1,7 @@
 """Run the machine now, move its disk later: serve a disk image, run on it at once, stream it in behind.
 
-From Python, ``stream_disk`` and ``stream_disk_info`` do the main job; ``Image`` is a disk image to read and write.
+From Python, ``open_disk``, ``stream_disk`` and ``stream_disk_info`` do the main job; ``Image`` is a disk image to read
+and write.
 """
 
 from __future__ import annotations
@@ -9,10 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nbdstream.api import DiskInfo, DiskStream, stream_disk, stream_disk_info
+    from nbdstream.api import DiskInfo, DiskStream, SourceOptions, open_disk, stream_disk, stream_disk_info
     from nbdstream.image import Image, ImageInfo
 
-__all__ = ["DiskInfo", "DiskStream", "Image", "ImageInfo", "stream_disk", "stream_disk_info"]
+__all__ = [
+    "DiskInfo",
+    "DiskStream",
+    "Image",
+    "ImageInfo",
+    "SourceOptions",
+    "open_disk",
+    "stream_disk",
+    "stream_disk_info",
+]
 
 _MODULES = {"Image": "nbdstream.image", "ImageInfo": "nbdstream.image"}
 

@@ -2,19 +2,32 @@
 
 ::
 
-    async with await nbdstream.stream_disk("nbd://host/disk", "overlay.qed", socket="/run/guest.sock") as disk:
-        print(nbdstream.stream_disk_info(disk))
+    async with await nbdstream.open_disk("nbd://host/disk", "overlay.qed", socket="/run/guest.sock") as disk:
+        await nbdstream.stream_disk(disk)
         await disk.wait()
+
+streams all of it behind the guest's back. Whoever wants to say when, and how much, goes step by step::
+
+        offset = 0
+        while offset < disk.size:
+            offset = await nbdstream.stream_disk(disk, offset)
+
+These are the two calls that libvirt's list was shown in 2010, ``virDomainStreamDisk`` and ``virDomainStreamDiskInfo``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
-from nbdstream.stream.disk import DiskStream
+from nbdstream.stream.disk import DEFAULT_STEP_BYTES, DiskStream
 from nbdstream.stream.source import SourceOptions
 
-__all__ = ["DiskInfo", "DiskStream", "stream_disk", "stream_disk_info"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nbdstream.stream.job import StreamJob
+
+__all__ = ["DiskInfo", "DiskStream", "SourceOptions", "open_disk", "stream_disk", "stream_disk_info"]
 
 
 class DiskInfo(NamedTuple):
@@ -31,30 +44,59 @@ class DiskInfo(NamedTuple):
     rate: float
     """Bytes a second that came from the source in the last seconds."""
     fetched: int
-    """Bytes that came from the source since the stream began."""
+    """Bytes that came from the source since the disk was opened."""
 
 
-async def stream_disk(
+async def open_disk(
     source: str,
     overlay: str,
     *,
     socket: str | None = None,
-    connections: int = 4,
-    speed: int = 0,
-    tls_certificates: str | None = None,
+    also: Sequence[str] = (),
+    options: SourceOptions | None = None,
+    guest_latency: float | None = None,
 ) -> DiskStream:
-    """Make or resume ``overlay``, a QED image backed by the NBD URI ``source``, and stream all of it in.
+    """Make or resume ``overlay``, a QED image backed by the NBD URI ``source``; nothing is streamed yet.
 
-    The stream runs in the background, on the running event loop (uvloop is much faster than asyncio's own), until it
-    is complete or the returned :class:`DiskStream` is closed; ``await disk.wait()`` waits for the first, ``async with``
-    does the second. With ``socket`` the disk is served read-write at that unix socket from before anything is fetched.
-    ``speed`` limits what is fetched in the background, in bytes a second; 0 does not. ``tls_certificates`` is the
-    directory of ca-cert.pem, client-cert.pem and client-key.pem.
+    With ``socket`` the disk is served read-write at that unix socket as long as it is open, on the running event loop
+    (uvloop is much faster than asyncio's own). What a guest reads there is fetched, and kept. ``also`` names
+    further sources of the same disk, to be used while ``source`` is not to be had. ``guest_latency`` has a stream yield
+    to the guest, so that 99 % of its requests that need no source take less than so many seconds.
 
+    An overlay that is independent already is opened without the source. Close what is returned, or use ``async with``.
     Raises :class:`nbdstream.errors.NbdstreamError`; nothing has changed on disk then.
     """
-    options = SourceOptions(connections=connections, tls_certificates=tls_certificates)
-    return await DiskStream.start(source, overlay, socket=socket, options=options, speed=speed)
+    return await DiskStream.start(
+        source, overlay, socket=socket, also=also, options=options, guest_latency=guest_latency, job=False
+    )
+
+
+@overload
+async def stream_disk(disk: DiskStream, *, speed: int = 0) -> StreamJob: ...
+
+
+@overload
+async def stream_disk(disk: DiskStream, offset: int, length: int = DEFAULT_STEP_BYTES) -> int: ...
+
+
+async def stream_disk(
+    disk: DiskStream, offset: int | None = None, length: int = DEFAULT_STEP_BYTES, *, speed: int = 0
+) -> StreamJob | int:
+    """Stream all of a disk, or one increment of it; before its guest starts, while it runs, or without one.
+
+    Without an ``offset`` a job begins to stream everything in the background, at ``speed`` bytes a second at most (0 is
+    without limit), and is returned; ``await disk.wait()`` waits for its end.
+
+    With an ``offset`` all that is remote of the ``length`` bytes there is made local, and what is returned then is the
+    offset to go on from: the next place where something is remote (from the start again, if that is where it is); it is
+    the size of the disk when nothing is left. The overlay is independent then.
+
+    Raises :class:`nbdstream.errors.JobError` if the disk is being streamed already, if it is independent and all was
+    to be streamed, or if streaming fails; ValueError for an offset or a length that is not one of the disk.
+    """
+    if offset is None:
+        return disk.start_job(speed=speed)
+    return (await disk.step(offset, length)).next_offset
 
 
 def stream_disk_info(disk: DiskStream) -> DiskInfo:

@@ -28,15 +28,16 @@ class _Stream:
 class ReadAhead:
     """Recognizes a few sequential readers at a time, whichever connection their requests come from."""
 
-    def __init__(self, size: int) -> None:
-        """``size`` is the file's, bytes."""
+    def __init__(self, size: int, *, slack: int = _SLACK) -> None:
+        """``size`` is the file's; reads that are no further apart than ``slack`` belong together. Bytes."""
         self._size = size
+        self._slack = slack
         self._streams: deque[_Stream] = deque(maxlen=_STREAMS)
 
     def after(self, offset: int, length: int) -> tuple[int, int] | None:
         """Note a read that has to wait for the disk. Return (offset, length) of what to read ahead, if anything."""
         end = offset + length
-        stream = next((s for s in self._streams if s.reached - _SLACK <= offset <= s.ahead + _SLACK), None)
+        stream = next((s for s in self._streams if s.reached - self._slack <= offset <= s.ahead + self._slack), None)
         if stream is None:
             self._streams.append(_Stream(end, end, 0))
             return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nbdstream.block.qed.layout import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
 from nbdstream.block.qed.opening import create_file
 from nbdstream.cli import arguments
-from nbdstream.stream.disk import create_overlay
+from nbdstream.stream.preparation import create_overlay
 
 if TYPE_CHECKING:
     import argparse

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from nbdstream.block.overlay import Overlay
 from nbdstream.block.qed.image import QedImage
-from nbdstream.block.qed.layout import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
-from nbdstream.block.qed.opening import create_file, read_header
-from nbdstream.errors import ImageError, JobError, NbdstreamError, SourceError, WrongSourceError
+from nbdstream.errors import JobError, NbdstreamError
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
 from nbdstream.server.sockets import bind_unix, discard
@@ -36,11 +33,11 @@ from nbdstream.stream.hydration import Hydration
 from nbdstream.stream.hydrator import Hydrator
 from nbdstream.stream.job import StreamJob
 from nbdstream.stream.latency import LOOK_SECONDS, GuestLatency
+from nbdstream.stream.preparation import parse_source, prepare, verify
 from nbdstream.stream.rate import RateMeter
 from nbdstream.stream.snapshot import Amounts, DiskState, Latency, Snapshot, disk_map
-from nbdstream.stream.source import Source, SourceOptions, round_up
+from nbdstream.stream.source import Source, SourceOptions
 from nbdstream.stream.throttle import Throttle
-from nbdstream.uri import NbdUri, UriError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -130,8 +127,8 @@ class DiskStream:
         guest's requests that need no source take less than so many seconds.
         Raises :class:`NbdstreamError`: nothing is served then, and nothing has changed on disk.
         """
-        uri = _parse(source)
-        remote = Source(uri, *map(_parse, also), options=options)
+        uri = parse_source(source)
+        remote = Source(uri, *map(parse_source, also), options=options)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(remote.close)
             bound = None
@@ -139,7 +136,7 @@ class DiskStream:
                 bound = bind_unix(socket, mode=socket_mode, group=socket_group)
                 undo.callback(discard, bound)
             # Whatever can be refused is refused before the image is opened: opening an image repairs it.
-            made = await _prepare(path, uri, remote, undo, wait=socket is not None and not moved, moved=moved)
+            made = await prepare(path, uri, remote, undo, wait=socket is not None and not moved, moved=moved)
             image = await QedImage.open(path, writable=True, marked=True)
             undo.push_async_callback(image.close)
             below = None if image.backing_name is None else remote
@@ -147,7 +144,7 @@ class DiskStream:
             listeners = Listeners()
             hydration = Hydration(overlay, below, listeners) if below else None
             if below and below.connected and not made:
-                await _verify(below, wait=socket is not None and not moved)
+                await verify(below, wait=socket is not None and not moved)
             if moved:
                 await image.change_backing(str(uri.canonical()), remote.size)
                 log.info("%s belongs to %s from now on", path, uri.without_credentials())
@@ -165,6 +162,11 @@ class DiskStream:
     def independent(self) -> bool:
         """Whether the overlay needs no source any more."""
         return self.overlay.image.backing_name is None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+        return self.overlay.size
 
     @property
     def progress(self) -> Progress:
@@ -312,91 +314,3 @@ class DiskStream:
         if source:
             await source.close()
         await self.overlay.close()
-
-
-def _parse(source: str) -> NbdUri:
-    try:
-        return NbdUri.parse(source)
-    except UriError as error:
-        raise SourceError(str(error)) from error
-
-
-def _create(path: str, uri: NbdUri, size: int, cluster_size: int, table_size: int) -> None:
-    create_file(
-        path,
-        round_up(size),
-        cluster_size=cluster_size,
-        table_size=table_size,
-        backing_name=str(uri.canonical()),
-        origin_size=size,
-    )
-
-
-async def create_overlay(
-    source: str, path: str, *, cluster_size: int, table_size: int, tls_certificates: str | None = None
-) -> None:
-    """Make an overlay of a source, of the size that it says it has. Raises NbdstreamError."""
-    uri = _parse(source)
-    remote = Source(uri, options=SourceOptions(connections=1, tls_certificates=tls_certificates))
-    try:
-        await remote.connect()
-        await asyncio.to_thread(_create, path, uri, remote.size, cluster_size, table_size)
-    finally:
-        await remote.close()
-
-
-async def _prepare(path: str, uri: NbdUri, source: Source, undo: AsyncExitStack, *, wait: bool, moved: bool) -> bool:
-    """Make the overlay, or see that the one that exists belongs to this source; connect if it is needed.
-
-    Return whether it was made.
-    """
-    if not moved and not await asyncio.to_thread(os.path.lexists, path):
-        await source.connect()
-        await asyncio.to_thread(_create, path, uri, source.size, DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE)
-        undo.callback(os.unlink, path)
-        return True
-    header, extension, backing_name = await asyncio.to_thread(read_header, path)
-    if moved and backing_name is None:
-        raise ImageError(f"{path} has no source any more that could have moved")
-    if not moved:
-        check_origin(path, backing_name or (extension.origin if extension else ""), uri)
-    if backing_name is None:
-        return False
-    remembered = extension.origin_size if extension else 0
-    # Less than the overlay's own size where that has grown since.
-    source.expect(remembered if 0 < remembered <= header.image_size else header.image_size)
-    await _connect_or_wait(source, wait=wait)
-    return False
-
-
-def check_origin(path: str, origin: str, uri: NbdUri) -> None:
-    """Raise ImageError unless ``origin``, of which the image is or was an overlay, is this source."""
-    if not origin:
-        raise ImageError(f"{path} is no overlay of {uri}: it has no backing file, and remembers none")
-    try:
-        same = NbdUri.parse(origin).same_source(uri)
-    except UriError:
-        same = False
-    if not same:
-        raise ImageError(f"{path} is an overlay of {origin}, not of {uri}")
-
-
-async def _connect_or_wait(source: Source, *, wait: bool) -> None:
-    """Connect to the source of an existing overlay; with ``wait``, one that is away may come later."""
-    try:
-        await source.connect()
-    except SourceError as error:
-        if not wait or isinstance(error, WrongSourceError):
-            raise
-        log.warning("%s: what is local is served, the rest waits", error)
-        source.connect_later(str(error))
-
-
-async def _verify(source: Source, *, wait: bool) -> None:
-    """Compare what is local with the source; with ``wait``, one that does not answer may do so later."""
-    try:
-        await source.verify()
-    except SourceError as error:
-        if not wait or isinstance(error, WrongSourceError):
-            raise
-        log.warning("%s: what is local is served, the rest waits", error)

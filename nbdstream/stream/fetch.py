@@ -12,6 +12,7 @@ import math
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from nbdstream.block.readahead import ReadAhead
 from nbdstream.stream.line import Line
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 _LONGEST_FETCH = 1 << 20
 """Bytes that one fetch asks for at most: a guest's read waits behind those that are on the line."""
+
+
+_SLACK = 256 << 10
+"""Bytes: readers whose requests are further apart than that do not read in sequence, as far as a line is concerned."""
 
 
 class Fetch:
@@ -55,6 +60,7 @@ class Fetches:
         self._cluster_size = overlay.image.cluster_size
         self._loop = asyncio.get_running_loop()
         self._in_flight: dict[int, Fetch] = {}
+        self._ahead = ReadAhead(overlay.size, slack=_SLACK)
         self.bytes_in_flight = 0
         self.waited: WeakSet[asyncio.Task[Any]] = WeakSet()
         """The tasks that had to wait for a fetch."""
@@ -73,6 +79,8 @@ class Fetches:
 
         Raises OSError if the source answers with an error, or is away for too long.
         """
+        if self._is_remote(first, behind):
+            self._read_ahead(first, behind)
         while waiting := [self._join(fetch) for fetch in self._needed(first, behind)]:
             self.last_wanted = self._loop.time()
             if task := asyncio.current_task():
@@ -102,6 +110,17 @@ class Fetches:
             needed.append(fetch)
             first = fetch.behind
         return needed
+
+    def _read_ahead(self, first: int, behind: int) -> None:
+        """Have what a sequential reader is going to want next on its way, if the source is there."""
+        ahead = self._ahead.after(first * self._cluster_size, (behind - first) * self._cluster_size)
+        remote = self._overlay.remote
+        if ahead is None or remote is None or not self._source.connected:
+            return
+        first, behind = ahead[0] // self._cluster_size, -(-(ahead[0] + ahead[1]) // self._cluster_size)
+        behind = min(behind, first + (self._source.memory_for_bulk - self.bytes_in_flight) // self._cluster_size)
+        while first < behind and (first := remote.find(1, first, behind)) >= 0:
+            first = first + 1 if first in self._in_flight else self.begin(first, behind - first).behind
 
     def _join(self, fetch: Fetch) -> asyncio.Future[OSError | None]:
         waiter: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()

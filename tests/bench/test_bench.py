@@ -29,7 +29,9 @@ def test_quick_run_measures_everybody(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stdout + done.stderr
     sections = json.loads((tmp_path / "bench.json").read_text())["sections"]
-    for name, competitors in (("reads", SERVERS), ("tls", SERVERS), ("stream", MOVERS), ("qed", QED_SERVERS)):
+    far = {"nbdstream", "block-stream"}
+    everybody = {"reads": SERVERS, "tls": SERVERS, "stream": MOVERS, "wan": far, "qed": QED_SERVERS}
+    for name, competitors in everybody.items():
         assert sections[name]["problems"] == {}
         for workload in sections[name]["workloads"].values():
             medians = {key: result["median"] for key, result in workload["results"].items()}

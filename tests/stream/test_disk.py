@@ -23,8 +23,9 @@ from nbdstream.errors import (
     WrongSourceError,
 )
 from nbdstream.stream import source as source_module
-from nbdstream.stream.disk import DiskStream, StepResult, check_origin, create_overlay
+from nbdstream.stream.disk import DiskStream, StepResult
 from nbdstream.stream.events import ErrorAction, Event, Operation, OperationFailed, SourceBack, SourceLost
+from nbdstream.stream.preparation import check_origin, create_overlay
 from nbdstream.stream.snapshot import DiskState
 from nbdstream.stream.source import SourceOptions
 from nbdstream.uri import NbdUri

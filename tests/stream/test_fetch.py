@@ -243,3 +243,58 @@ async def test_a_cluster_found_to_be_zero_while_it_is_fetched_is_not_stored(stre
     disk.gate.set()
     assert await reader == bytes(10)
     assert await stream.image.entry(0) == UNALLOCATED
+
+
+# Read ahead.
+
+
+async def in_sequence(stream: Streamed, clusters: range, length: int = CLUSTER) -> None:
+    """Read as a guest that goes through its disk."""
+    for cluster in clusters:
+        assert await stream.read(cluster * CLUSTER, length) == cluster_of(stream.disk, cluster)[:length]
+
+
+async def test_a_sequential_reader_finds_what_comes_next(stream: Streamed, disk: SourceDisk) -> None:
+    await in_sequence(stream, range(2))
+    while stream.fetches.bytes_in_flight:
+        await asyncio.sleep(0.001)
+    assert not stream.is_remote(5)
+    await in_sequence(stream, range(2, 40))
+    assert all(disk.times_read(cluster) == 1 for cluster in range(40))
+    assert len(disk.reads) < 20
+
+
+async def test_a_random_reader_is_left_alone(stream: Streamed, disk: SourceDisk) -> None:
+    for cluster in (30, 3, 17, 9, 38):
+        await stream.read(cluster * CLUSTER, 512)
+    assert len(disk.reads) == 5
+
+
+async def test_what_is_read_ahead_holds_up_nobody(stream: Streamed, disk: SourceDisk) -> None:
+    """The reader gets what it asked for while what comes behind is still on its way."""
+    await stream.read(0, CLUSTER)
+    disk.gated = range(2 * CLUSTER, disk.size)
+    disk.gate.clear()
+    await stream.read(CLUSTER, CLUSTER)
+    assert stream.fetches.bytes_in_flight > 0
+    assert stream.fetches.waiting == 0
+    joined = asyncio.create_task(stream.read(3 * CLUSTER, CLUSTER))
+    await asyncio.sleep(0.01)
+    assert not joined.done()
+    disk.gate.set()
+    assert await joined == cluster_of(disk, 3)
+    assert disk.times_read(3) == 1
+
+
+async def test_nothing_is_read_ahead_of_a_source_that_is_away(
+    stream: Streamed, server: SourceServer, disk: SourceDisk
+) -> None:
+    await stream.read(0, CLUSTER)
+    await server.stop()
+    while stream.source.connected:
+        await asyncio.sleep(0.001)
+    reading = asyncio.create_task(stream.read(CLUSTER, CLUSTER))
+    await asyncio.sleep(0.01)
+    assert stream.fetches.bytes_in_flight == CLUSTER
+    await server.start()
+    assert await reading == cluster_of(disk, 1)
