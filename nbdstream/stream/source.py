@@ -32,6 +32,9 @@ _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
 """A source host that reboots takes minutes: asking it every few seconds costs nothing and wastes little."""
 
+_CONNECT_SECONDS = 10.0
+"""What a server may take until a connection can be used: a few round trips, and TLS."""
+
 _CHECK_SECONDS = 30.0
 """What a source may take to show that it is the right one."""
 
@@ -155,6 +158,7 @@ class Source(BlockDevice):
             str(uri),
             connections=options.connections,
             tls_certificates=options.tls_certificates,
+            timeout=min(_CONNECT_SECONDS, options.stall),
             stall=options.stall,
             memory=options.memory,
         )

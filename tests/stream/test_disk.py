@@ -25,8 +25,9 @@ from nbdstream.errors import (
 from nbdstream.stream import source as source_module
 from nbdstream.stream.disk import DiskStream, StepResult
 from nbdstream.stream.events import ErrorAction, Event, Operation, OperationFailed, SourceBack, SourceLost
+from nbdstream.stream.governor import FLOOR
 from nbdstream.stream.preparation import check_origin, create_overlay
-from nbdstream.stream.snapshot import DiskState
+from nbdstream.stream.snapshot import DiskState, Latency
 from nbdstream.stream.source import SourceOptions
 from nbdstream.uri import NbdUri
 from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, some_bytes
@@ -654,3 +655,56 @@ async def test_an_independent_image_has_no_source_that_could_move(server: Source
     await stream_all(server.uri, path)
     with pytest.raises(ImageError, match="no source any more"):
         await DiskStream.start(server.uri, path, moved=True)
+
+
+async def test_a_disk_that_is_streamed_is_the_source_of_another_stream(
+    server: SourceServer, disk: SourceDisk, path: str, directory: str
+) -> None:
+    """A guest moves on while its disk is still on its way: what the first overlay lacks comes through it."""
+    further = f"{directory}/further.qed"
+    async with await DiskStream.start(server.uri, path, socket=f"{directory}/first", speed=1) as first:
+        await first.overlay.write(7 * CLUSTER, b"x" * CLUSTER)
+        disk.data[7 * CLUSTER : 8 * CLUSTER] = b"x" * CLUSTER
+        async with await DiskStream.start(first.uris[0], further) as second:
+            await second.wait()
+        assert first.snapshot().amounts.remote == 0  # what passed through is kept
+    assert is_sound(further, disk.data)
+
+
+async def test_a_job_yields_to_a_guest_that_is_slow_and_still_comes_to_its_end(
+    server: SourceServer, disk: SourceDisk, path: str, directory: str
+) -> None:
+    disk.gate.clear()
+    stream = await DiskStream.start(server.uri, path, socket=f"{directory}/guest", guest_latency=0.001)
+    guest = await RemoteExport.connect(stream.uris[0])
+    asyncio.get_running_loop().call_later(0.1, disk.gate.set)
+    writing = [asyncio.create_task(stream.overlay.write(39 * CLUSTER, b"x" * CLUSTER)) for _ in range(2)]
+    await asyncio.gather(*writing)
+    disk.data[39 * CLUSTER :] = b"x" * CLUSTER
+    stream._looked(Latency(1000, 0.01, 0.1))
+    governor = stream._governor
+    assert governor
+    assert governor.rate == FLOOR
+    async with asyncio.timeout(30):
+        await stream.wait()
+    assert b"".join(await guest.read(0, disk.size)) == disk.data
+    await guest.close()
+    await stream.close()
+
+
+async def test_what_the_guest_waits_for_is_shown(
+    server: SourceServer, disk: SourceDisk, path: str, directory: str
+) -> None:
+    async with await DiskStream.start(server.uri, path, socket=f"{directory}/guest", job=False) as stream:
+        guest = await RemoteExport.connect(stream.uris[0])
+        for _ in range(2):
+            for cluster in range(20):
+                await guest.read(cluster * CLUSTER, 512)
+        while not stream.snapshot().remote_latency.requests:
+            await asyncio.sleep(0.01)
+        seen = stream.snapshot()
+        assert 1 <= seen.remote_latency.requests <= 20  # some were read ahead
+        assert seen.latency.requests >= 20
+        assert 0 < seen.latency.p50 <= seen.latency.p99
+        assert seen.read_rate > 0
+        await guest.close()

@@ -266,7 +266,7 @@ def forget_records(directory: str) -> None:
     """Remove what killed streamers left in memory about the overlays in a directory: nobody will open them again."""
     for entry in os.scandir(directory):
         about = entry.stat(follow_symlinks=False)
-        for record in glob.glob(f"{DIRECTORY}/nbdstream-*-{about.st_dev:x}-{about.st_ino:x}"):
+        for record in glob.glob(f"{DIRECTORY}/nbd*-{about.st_dev:x}-{about.st_ino:x}"):
             os.unlink(record)
 
 

@@ -42,6 +42,7 @@ class Proxy:
         """Bytes that came from the server."""
         self._corrupt_at: int | None = None
         self._cut_at: int | None = None
+        self._stall_at: int | None = None
         self._links: list[_Link] = []
         self._loop = asyncio.new_event_loop()
         self.flowing = asyncio.Event()
@@ -85,6 +86,10 @@ class Proxy:
     def cut_after(self, count: int) -> None:
         """Reset all connections once so many more bytes have come from the server."""
         self._cut_at = self.forwarded + count
+
+    def stall_after(self, count: int) -> None:
+        """Let nothing more through on the present connections once so many more bytes have come from the server."""
+        self._stall_at = self.forwarded + count
 
     def corrupt_after(self, count: int) -> None:
         """Turn over all bits of the byte that comes from the server after ``count`` more."""
@@ -155,6 +160,10 @@ class Proxy:
         if self._cut_at is not None and self.forwarded >= self._cut_at:
             self._cut_at = None
             self._loop.call_soon(self._abort_all)
+        if self._stall_at is not None and self.forwarded >= self._stall_at:
+            self._stall_at = None
+            for link in self._links:
+                link.flowing.clear()
         return data
 
     def _abort_all(self) -> None:
