@@ -177,7 +177,14 @@ class _Bench:
         """Have ``server`` write to an empty image, and the host's qemu-nbd read that back. Raises BenchError."""
         if server.writable is None:
             return
-        pattern = ["--rw=randwrite", "--bs=4k", "--iodepth=32", "--verify=crc32c", f"--io_size={self._verified}"]
+        pattern = [
+            "--rw=randwrite",
+            "--bs=4k",
+            "--iodepth=32",
+            "--verify=crc32c",
+            "--verify_state_save=0",
+            f"--io_size={self._verified}",
+        ]
         path = self._new_image()
         try:
             with self._serving(server.writable, path) as running:

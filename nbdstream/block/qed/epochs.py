@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_NOTED_SECONDS = 0.1
+_NOTED_SECONDS = 1.0
 """How long a link may be noted only: a stranger who opens the image after a kill -9 does not know the record."""
 
-_NOTED_SECONDS_BUSY = 1.0
-"""The same where barriers take long. While one runs, writes wait in threads for the journal, and the disk has work that
-a longer epoch saves."""
+_NOTED_SECONDS_BUSY = 5.0
+"""The same where barriers take long (ext4 commits as often)."""
 
 _BARRIER_SHARE = 5
-"""Links that are noted only make barriers of at most a fifth of the time."""
+"""Links that are noted only make barriers of at most a fifth of the time. While one runs, writes have to wait for the
+journal, and the disk for what later writes to the same pages would have saved it."""
 
 
 class Epochs:
