@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nbdstream.block.device import ZEROES, BlockDevice, read_only_error, zero_buffers
@@ -12,6 +13,7 @@ from nbdstream.block.files import Run, open_image, punch_hole, runs, zero_range
 from nbdstream.block.flush import SharedFlush
 from nbdstream.block.locks import Sharing, take_locks
 from nbdstream.block.mapping import Mapping
+from nbdstream.block.prompt import PromptWriter
 from nbdstream.block.qed.layout import MAGIC as QED_MAGIC
 from nbdstream.block.readahead import ReadAhead
 from nbdstream.block.worker import Worker, as_os_error, pwrite_all
@@ -19,7 +21,7 @@ from nbdstream.errors import ImageError
 from nbdstream.extents import Extent, ExtentFlags
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from nbdstream.block.device import Buffer, WriteDone
 
@@ -36,9 +38,10 @@ _HINT_BYTES = 128 << 10
 class RawImage(BlockDevice):
     """A regular file or block device, exported byte by byte.
 
-    What is in the page cache is sent from there without asking anybody; everything else is done in threads: two for
-    reads that must wait for the disk and two for writes, short ones and long ones; one for flushes, that writes need
-    not wait for them; and one that tells the kernel early what will be read.
+    What is in the page cache is sent from there without asking anybody, and small writes go there as long as nothing
+    else changes the file. Everything else is done in threads: two for reads that must wait for the disk and two for
+    writes, short ones and long ones; one for flushes, that writes need not wait for them; and one that tells the kernel
+    early what will be read.
     """
 
     def __init__(self, path: str, fd: int, size: int, *, writable: bool) -> None:
@@ -54,6 +57,7 @@ class RawImage(BlockDevice):
         self._writes = Worker("raw-write")
         self._long_writes = Worker("raw-long-write")
         self._syncs = Worker("raw-sync")
+        self._prompt = PromptWriter(fd, size)
         self._barrier = SharedFlush(fd, self._syncs, path)
         self._waiting = 0
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
@@ -118,18 +122,30 @@ class RawImage(BlockDevice):
 
     # -- writing ----------------------------------------------------------------------------------------------
 
+    def write_at_once(self, offset: int, data: Buffer) -> bool:
+        """Write whole pages into the page cache, if nothing is known that this would have to wait for."""
+        if self.read_only or self._barrier.failed:
+            return False
+        return self._prompt.write(data, offset)
+
     def write_now(self, offset: int, data: Buffer, done: WriteDone) -> bool:
         """Write in a batch with others."""
         if self.read_only or self._barrier.failed:
             return False
-        worker = self._writer(data)
-        worker.submit(lambda _result, error: done(as_os_error(error)), pwrite_all, self._fd, data, offset)
+
+        def written(_result: None, error: BaseException | None) -> None:
+            self._prompt.held -= 1
+            done(as_os_error(error))
+
+        self._writer(data).submit(written, pwrite_all, self._fd, data, offset)
+        self._prompt.held += 1
         return True
 
     async def write(self, offset: int, data: Buffer) -> None:
         """Write. Raises OSError."""
         self._check_writable()
-        await self._writer(data).run(pwrite_all, self._fd, data, offset)
+        with self._changing():
+            await self._writer(data).run(pwrite_all, self._fd, data, offset)
 
     def _writer(self, data: Buffer) -> Worker:
         return self._writes if len(data) <= _SHORT_BYTES else self._long_writes
@@ -137,24 +153,36 @@ class RawImage(BlockDevice):
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool, fast_only: bool = False) -> None:
         """Make a hole, or zeroes in allocated space, or write them where neither can be had. Raises OSError."""
         self._check_writable()
-        if await self._long_writes.run(lambda: zero_range(self._fd, offset, length, may_unmap=may_unmap)):
-            return
-        if fast_only:
-            raise OSError(errno.ENOTSUP, "zeroes can only be written here")
-        for start in range(offset, offset + length, len(ZEROES)):
-            self._check_writable()
-            some = ZEROES[: offset + length - start]
-            await self._long_writes.run(pwrite_all, self._fd, some, start)
+        with self._changing():
+            if await self._long_writes.run(lambda: zero_range(self._fd, offset, length, may_unmap=may_unmap)):
+                return
+            if fast_only:
+                raise OSError(errno.ENOTSUP, "zeroes can only be written here")
+            for start in range(offset, offset + length, len(ZEROES)):
+                self._check_writable()
+                some = ZEROES[: offset + length - start]
+                await self._long_writes.run(pwrite_all, self._fd, some, start)
 
     async def discard(self, offset: int, length: int) -> None:
         """Make a hole, where that can be had. Raises OSError."""
         self._check_writable()
-        await self._long_writes.run(punch_hole, self._fd, offset, length)
+        with self._changing():
+            await self._long_writes.run(punch_hole, self._fd, offset, length)
 
     async def flush(self) -> None:
         """Make durable what was written. Raises OSError; a failure is final for this image."""
         if not self.read_only:
-            await self._barrier.flush()
+            with self._changing():
+                await self._barrier.flush()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """A thread works on the file meanwhile, and the loop would have to wait for it."""
+        self._prompt.held += 1
+        try:
+            yield
+        finally:
+            self._prompt.held -= 1
 
     def _check_writable(self) -> None:
         if self.read_only:

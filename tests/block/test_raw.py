@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nbdstream.block import worker
 from nbdstream.block.locks import Sharing
 from nbdstream.block.raw import RawImage
 from nbdstream.errors import ImageError, ImageLockedError
 from nbdstream.extents import Extent, ExtentFlags
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
     from nbdstream.block.device import Buffer
@@ -209,6 +210,39 @@ async def test_write_now_writes_and_tells(path: str, image: RawImage) -> None:
     assert joined(image.read_now(100, 7)) == b"written"
 
 
+async def test_whole_pages_are_written_at_once(path: str, image: RawImage, contents: bytes) -> None:
+    assert image.write_at_once(4096, memoryview(b"x" * 8192))
+    assert contents_of(path)[:16384] == contents[:4096] + b"x" * 8192 + contents[12288:16384]
+    assert not image.write_at_once(100, b"a part of a page")
+
+
+@pytest.mark.parametrize("name", ["write_now", "write", "write_zeroes", "discard", "flush"])
+async def test_nothing_is_written_at_once_while_a_thread_works_on_the_file(
+    image: RawImage, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    released = threading.Event()
+    perform = worker._perform
+    monkeypatch.setattr(worker, "_perform", lambda *job: (released.wait(60), perform(*job))[1])
+    told: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
+    work: Awaitable[object]
+    if name == "write_now":
+        image.write_now(0, b"x", told.set_result)
+        work = told
+    else:
+        calls = {
+            "write": lambda: image.write(0, b"x"),
+            "write_zeroes": lambda: image.write_zeroes(0, 4096, may_unmap=True),
+            "discard": lambda: image.discard(0, 4096),
+            "flush": image.flush,
+        }
+        work = asyncio.create_task(calls[name]())
+        await asyncio.sleep(0)
+    assert not image.write_at_once(MiB, bytes(4096))
+    released.set()
+    await work
+    assert image.write_at_once(MiB, bytes(4096))
+
+
 async def test_write_now_tells_what_went_wrong(image: RawImage, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -269,6 +303,7 @@ async def test_a_read_only_image_refuses_every_change(path: str, contents: bytes
     image = await RawImage.open(path)
     assert image.read_only
     assert not image.write_now(0, b"x", lambda _error: None)
+    assert not image.write_at_once(0, bytes(4096))
     for change in (
         image.write(0, b"x"),
         image.write_zeroes(0, 1, may_unmap=True),
@@ -293,6 +328,7 @@ async def test_after_a_failed_flush_nothing_is_written_any_more(
         with pytest.raises(OSError, match="flushed"):
             await image.flush()
     assert not image.write_now(0, b"x", lambda _error: None)
+    assert not image.write_at_once(0, bytes(4096))
     for change in (
         image.write(0, b"x"),
         image.write_zeroes(0, 1, may_unmap=True),
