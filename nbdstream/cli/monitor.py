@@ -11,7 +11,7 @@ import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError, Runstate
 
 from nbdstream.errors import ControlError, ControlLostError
 
@@ -54,7 +54,7 @@ class Monitor:
     async def next_event(self) -> tuple[str, dict[str, Any]]:
         """Wait for the next event since the connection was made; return its name and data. Raises ControlLostError."""
         event = asyncio.ensure_future(self._heard.get())
-        gone = asyncio.ensure_future(self._client.runstate_changed())
+        gone = asyncio.ensure_future(self._gone())
         try:
             await asyncio.wait([event, gone], return_when=asyncio.FIRST_COMPLETED)
             if not event.done():
@@ -64,6 +64,11 @@ class Monitor:
                 each.cancel()
         message: Any = event.result()
         return message["event"], message.get("data", {})
+
+    async def _gone(self) -> None:
+        """Wait until the other end has gone; it may have, between two events, when nobody waited."""
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
 
 
 @asynccontextmanager

@@ -147,6 +147,9 @@ class StepWorker:
 class StepSource(MemoryDevice):
     """The source, of which every answer is a queue of its own: they come in any order."""
 
+    connected = True
+    memory_for_bulk = 1 << 20
+
     def __init__(self, data: bytes, queues: Queues) -> None:
         super().__init__(data)
         self._queues = queues
