@@ -31,7 +31,7 @@ from nbdstream.stream.events import (
 from nbdstream.stream.governor import Governor
 from nbdstream.stream.hydration import Hydration
 from nbdstream.stream.hydrator import Hydrator
-from nbdstream.stream.job import StreamJob
+from nbdstream.stream.job import StreamJob, reason_of
 from nbdstream.stream.latency import LOOK_SECONDS, GuestLatency
 from nbdstream.stream.preparation import parse_source, prepare, verify
 from nbdstream.stream.rate import RateMeter
@@ -88,7 +88,8 @@ class DiskStream:
         """The job that streams it, if one does."""
         self._server = server
         self._hydration = hydration
-        self._stepping = False
+        self._stepping: asyncio.Task[None] | None = None
+        self._closed = False
         self._ended = asyncio.Event()
         """Set when it is independent, or never will be."""
         self._error = ""
@@ -202,13 +203,18 @@ class DiskStream:
         if self.independent:
             return StepResult(size, True)
         hydration = self._free_hydration()
-        self._stepping = True
+        hydrating = self._hydrate(hydration, offset, min(offset + length, size))
+        self._stepping = asyncio.get_running_loop().create_task(hydrating)
         try:
-            await self._hydrate(hydration, offset, min(offset + length, size))
-        except* OSError as errors:
-            raise JobError(f"{self.path}: streaming failed: {errors.exceptions[0]}") from errors
+            await self._stepping
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+            raise JobError(f"{self.path}: the disk was closed") from None
+        except Exception as error:
+            raise JobError(f"{self.path}: streaming failed: {reason_of(error)}") from error
         finally:
-            self._stepping = False
+            self._stepping = None
         return StepResult(self.next_remote(offset + length), self.independent)
 
     async def _hydrate(self, hydration: Hydration, offset: int, end: int) -> None:
@@ -309,12 +315,16 @@ class DiskStream:
         Requests that wait for a lost source are never answered: their connections are closed.
         """
         source = self._hydration.source if self._hydration else None
+        self._closed = True
         self._latency.stop()
         if self._server:
             lost = source is not None and not self.independent and not source.connected
             await self._server.close(_DRAIN_SECONDS_WITHOUT_SOURCE if lost else _DRAIN_SECONDS)
         if self.job:
             await self.job.abandon()
+        if self._stepping:
+            self._stepping.cancel()
+            await asyncio.wait([self._stepping])
         if source:
             await source.close()
         await self.overlay.close()

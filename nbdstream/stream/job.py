@@ -142,13 +142,19 @@ class StreamJob:
         )
 
     def _failed(self, error: BaseException) -> None:
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        if not isinstance(error, OSError):
-            log.error("a mistake of ours: the job %s ends", self.id, exc_info=error)
-        self.error = str(error.strerror or error) if isinstance(error, OSError) else f"internal error: {error!r}"
+        self.error = reason_of(error)
         self.tell_error(Operation.WRITE, ErrorAction.REPORT, self.error)
 
     def tell_error(self, operation: Operation, action: ErrorAction, reason: str) -> None:
         """Tell listeners of an error that meets the job."""
         self._hydration.listeners.tell(OperationFailed(self.id, operation, action, reason))
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why streaming failed, for people; a mistake of ours is logged as well."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    log.error("a mistake of ours ends the stream", exc_info=error)
+    return f"internal error: {error!r}"

@@ -161,6 +161,20 @@ def test_a_step_beside_a_job_is_refused(controlled: Controlled) -> None:
     assert controlled.refusal("step") == "disk0 is being streamed already"
 
 
+def test_a_step_that_waits_for_the_source_does_not_keep_the_streamer(pairs: Pairs) -> None:
+    pair = pairs.commands()
+    make_image(pair.image, SIZE, random.Random(1), [(0, SIZE)])
+    pair.start_source()
+    controlled = Controlled(pair, "--no-job")
+    pair.faults.stall()
+    with Command("--debug", "job", "step", "--control", controlled.path) as step:
+        step.wait_for("x-block-stream-step")
+        assert controlled.refusal("start") == "disk0 is being streamed already"
+        assert not pair.stop_streamer()
+        assert step.wait() == 1
+    assert step.lines[-1].endswith("the disk was closed")
+
+
 def test_a_script_goes_step_by_step_with_nothing_but_the_socket(controlled: Controlled, pair: CommandPair) -> None:
     script = SCRIPTS / "step-by-step"
     assert "nbdstream" not in "".join(line for line in script.read_text().splitlines() if "import" in line.split()[:1])

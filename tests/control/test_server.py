@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
+from nbdstream.control import server
 from nbdstream.control.arguments import Arguments, Int
 from nbdstream.control.server import MOST_CLIENTS, MOST_UNSENT, ControlServer
 from nbdstream.errors import ListenError, NbdstreamError
@@ -315,3 +316,18 @@ async def test_a_flood_of_commands_leaves_the_loop_to_others(control: ControlSer
     await counting
     assert turns >= 500
     client.close()
+
+
+async def test_a_client_that_does_not_read_does_not_keep_it_from_closing(
+    control: ControlServer, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_LINGER_SECONDS", 0.05)
+    await control.begin(commands)
+    deaf = await RawClient.negotiate(control.path)
+    deaf.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    for _ in range(MOST_UNSENT // 10_000):
+        control.emit("X_LONG", {"text": "x" * 10_000})
+    async with asyncio.timeout(10):
+        await control.close()
+    assert not control._clients
+    deaf.close()

@@ -708,3 +708,25 @@ async def test_what_the_guest_waits_for_is_shown(
         assert 0 < seen.latency.p50 <= seen.latency.p99
         assert seen.read_rate > 0
         await guest.close()
+
+
+async def test_a_step_ends_with_the_disk(server: SourceServer, disk: SourceDisk, path: str) -> None:
+    stream = await DiskStream.start(server.uri, path, job=False)
+    disk.gate.clear()
+    step = asyncio.ensure_future(stream.step())
+    await disk.asked.wait()
+    async with asyncio.timeout(20):
+        await stream.close()
+        with pytest.raises(JobError, match="the disk was closed"):
+            await step
+
+
+async def test_a_step_that_fails_says_why(server: SourceServer, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with await DiskStream.start(server.uri, path, job=False) as stream:
+
+        async def fail(*_: object) -> None:
+            raise ExceptionGroup("tasks", [OSError(errno.EIO, "the image has failed")])
+
+        monkeypatch.setattr(stream, "_hydrate", fail)
+        with pytest.raises(JobError, match=r"streaming failed: the image has failed$"):
+            await stream.step()
