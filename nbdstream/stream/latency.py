@@ -85,6 +85,7 @@ class GuestLatency:
         self._remote = Histogram()
         self._looks: deque[tuple[Histogram, Histogram]] = deque(maxlen=_SHOWN_LOOKS)
         self._due = 0.0
+        self._idle = False
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def start(self, looked: Callable[[Latency], None]) -> None:
@@ -111,8 +112,13 @@ class GuestLatency:
         self._timers["look"] = self._loop.call_later(LOOK_SECONDS, self._look)
 
     def _look(self) -> None:
-        self._looked(self.look())
+        latency = self.look()
+        self._looked(latency)
         self._look_later()
+        if self._idle:
+            self._stop_sampling()  # nobody asks for anything: let the process sleep
+        elif "sample" not in self._timers:
+            self._sample_later()
 
     def _sample(self) -> None:
         self._lags.add(self._loop.time() - self._due - _TIMER_SECONDS)
@@ -126,9 +132,14 @@ class GuestLatency:
         else:
             self._local.add(seconds)
 
+    def _stop_sampling(self) -> None:
+        if timer := self._timers.pop("sample", None):
+            timer.cancel()
+
     def look(self) -> Latency:
         """Return what the local requests took since the last look."""
         counted = sum(export.requests for export in self._exports)
+        self._idle = counted == self._counted and not self._timed
         at_once = max(0, counted - self._counted - self._timed)
         self._counted, self._timed = counted, 0
         local, lags = self._local, self._lags

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nbdstream.block.remote.export import RemoteExport
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
+from nbdstream.stream import latency as latency_module
 from nbdstream.stream.latency import GuestLatency, Histogram
 from tests.stream.peers import SourceDisk, some_bytes
 
@@ -143,3 +144,17 @@ async def test_it_is_told_twice_a_second_and_not_after_the_end(directory: str) -
     await asyncio.sleep(0.6)
     assert len(served.looks) == looks
     assert served.export.timed is None
+
+
+async def test_while_nobody_asks_for_anything_nothing_is_sampled(
+    directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served()
+    monkeypatch.setattr(latency_module, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(served.disk, "read_now", lambda offset, length: (served.disk.data[offset : offset + length],))
+    guest = await served.start(directory)
+    while "sample" in served.latency._timers:
+        await asyncio.sleep(0.005)
+    while "sample" not in served.latency._timers:
+        await guest.read(0, 512)
+    await served.stop(guest)

@@ -150,7 +150,12 @@ class RemoteThread:
                 self._open_connection(deadline)
             except HandleError as error:
                 log.warning("no further connection to the source: %s", error)
+                self._reopen_later()
                 return
+
+    def _reopen_later(self) -> None:
+        self._reopen_at = min(self._reopen_at, time.monotonic() + self._reopen_pause)
+        self._reopen_pause = min(self._reopen_pause * 2, _LONGEST_REOPEN_SECONDS)
 
     def _became_ready(self, handle: _Handle) -> None:
         try:
@@ -323,8 +328,7 @@ class RemoteThread:
             self._lose(reason)
         else:
             log.warning("one connection to the source less, %d are left: %s", len(self._ready), reason)
-            self._reopen_at = min(self._reopen_at, time.monotonic() + self._reopen_pause)
-            self._reopen_pause = min(self._reopen_pause * 2, _LONGEST_REOPEN_SECONDS)
+            self._reopen_later()
 
     def _lose(self, reason: str) -> None:
         self._abandon_all(connection_lost)
