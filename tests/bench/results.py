@@ -89,9 +89,15 @@ class Section:
         return [running[(round_number + step * place) % len(running)] for place in range(len(running))]
 
     def ratio(self, workload: Workload, peer: str) -> float | None:
-        """How many times as fast as ``peer`` we are, by the medians; None where one of the two is missing."""
+        """How many times as fast as ``peer`` we are, the median of the rounds; None where one of the two is missing.
+
+        Round by round, because a machine that others use is twice as fast in one round as in the next, for both.
+        """
         ours, theirs = self.samples.get((workload.title, OURS)), self.samples.get((workload.title, peer))
-        return workload.speed(ours.median) / workload.speed(theirs.median) if ours and theirs else None
+        if not ours or not theirs:
+            return None
+        rounds = zip(ours.values, theirs.values, strict=True)
+        return statistics.median(workload.speed(our) / workload.speed(their) for our, their in rounds)
 
     def floor_ratios(self) -> list[tuple[Floor, float | None]]:
         """Each floor with the ratio that was measured."""

@@ -95,11 +95,11 @@ def test_who_failed_has_no_turn_and_no_figures(section: Section) -> None:
 def test_ratio_says_how_many_times_as_fast_we_are(section: Section) -> None:
     reads, copy = section.workloads
     ours, peer = section.competitors[:2]
-    for value in (10.0, 30.0, 20.0):
-        section.add(reads, ours, value)
-        section.add(copy, ours, value)
-    section.add(reads, peer, 10.0)
-    section.add(copy, peer, 60.0)
+    for ours_is, peer_is in ((10.0, 5.0), (30.0, 10.0), (2.0, 4.0)):
+        section.add(reads, ours, ours_is)
+        section.add(reads, peer, peer_is)
+        section.add(copy, ours, ours_is)
+        section.add(copy, peer, 6 * peer_is)
 
     assert section.ratio(reads, "a") == pytest.approx(2)
     assert section.ratio(copy, "a") == pytest.approx(3)
