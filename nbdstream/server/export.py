@@ -33,13 +33,14 @@ class Export:
         max_connections: int | None = None,
         contexts: Sequence[MetaContext] | None = None,
         allow: Collection[str] | None = None,
+        listed: bool = True,
     ) -> None:
         """Offer ``device`` as ``name``; raises ValueError for what cannot go over the wire.
 
         ``max_connections`` is how many clients may have it open at once (None: no limit but the server's). ``contexts``
         are the meta contexts it offers: by default those that the device has something to say in. ``allow`` names the
-        clients that may know of it and open it, by a name in their certificates: nobody else, and nobody without TLS
-        (None: everybody).
+        clients that may know of it and open it, by a name in their certificates or by their fingerprints: nobody else,
+        and nobody without TLS (None: everybody). Without ``listed`` only who knows the name finds it.
         """
         if writable and device.read_only:
             msg = f"the device of export {name!r} is read-only"
@@ -58,6 +59,7 @@ class Export:
             minimum_block=device.minimum_block,
             preferred_block=max(device.preferred_block, device.minimum_block, 512),
             contexts=tuple(self.contexts),
+            listed=listed,
         )
         self.connections = 0
         """Clients that have it open now."""

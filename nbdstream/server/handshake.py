@@ -18,7 +18,7 @@ import uvloop
 from nbdstream.errors import ProtocolError
 from nbdstream.server.connection import Connection
 from nbdstream.server.sockets import describe_peer, tune
-from nbdstream.server.tls import common_names
+from nbdstream.server.tls import common_names, fingerprint
 from nbdstream.wire.negotiation import Negotiation, Phase, Tls
 
 if TYPE_CHECKING:
@@ -189,7 +189,8 @@ class Handshake(asyncio.Protocol):
             return
         self._transport = transport
         self._securing = None
-        self._names = common_names(transport.get_extra_info("ssl_object"))
+        secured = transport.get_extra_info("ssl_object")
+        self._names = [*common_names(secured), fingerprint(secured)]
         self._negotiation.secure()
         transport.set_protocol(self)
         if early.data:

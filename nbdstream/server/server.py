@@ -36,12 +36,12 @@ class NbdServer:
         limits: Limits = Limits(),  # noqa: B008 - it is frozen
         tls: TlsPolicy | None = None,
     ) -> None:
-        """Serve ``exports``; the first is the default (the empty name).
+        """Serve ``exports``; the first is the default (the empty name), if it is listed.
 
         Raises ValueError if two have one name, or if one is for certain clients only and there is no ``tls`` to tell
         them by.
         """
-        self.default = exports[0].name if exports else ""
+        self.default = exports[0].name if exports and exports[0].info.listed else ""
         """The name that the empty name stands for, also while there is no such export: a client that comes back for
         the default never gets another one."""
         self.exports: list[Export] = []

@@ -7,6 +7,7 @@ nbdkit-tls(1)). All of them are read once.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import ssl
 from dataclasses import dataclass
@@ -78,6 +79,13 @@ def common_names(ssl_object: ssl.SSLObject | ssl.SSLSocket) -> list[str]:
     found = [value for part in certificate.get("subject", ()) for kind, value in part if kind == "commonName"]
     found += [entry[1] for entry in certificate.get("subjectAltName", ()) if entry[0] == "DNS"]
     return list(dict.fromkeys(found))
+
+
+def fingerprint(ssl_object: ssl.SSLObject | ssl.SSLSocket) -> str:
+    """Return ``sha256:`` and the digest of the client's certificate; empty where it was not checked, or has none."""
+    # The other form of the certificate is there only if it was checked.
+    certificate = ssl_object.getpeercert(binary_form=True) if ssl_object.getpeercert() else None
+    return f"sha256:{hashlib.sha256(certificate).hexdigest()}" if certificate else ""
 
 
 def _load_identity(context: ssl.SSLContext, directory: str) -> None:

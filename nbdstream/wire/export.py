@@ -40,6 +40,8 @@ class ExportInfo:
     maximum_payload: int = MAXIMUM_PAYLOAD
     contexts: tuple[str, ...] = ("base:allocation",)
     """Names of the meta contexts that can be selected."""
+    listed: bool = True
+    """Whether LIST has it."""
 
     def __post_init__(self) -> None:
         check_string(self.name, "an export name")

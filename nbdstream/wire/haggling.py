@@ -152,6 +152,8 @@ class Haggling:
     def _list(self, data: bytes) -> None:
         parse_nothing(data)
         for export in filter(self._permit, self._exports):
+            if not export.listed:
+                continue
             self._reply(Opt.LIST, Rep.SERVER, _counted(export.name) + export.description.encode())
         self._reply(Opt.LIST, Rep.ACK)
 

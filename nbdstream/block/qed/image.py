@@ -83,17 +83,19 @@ class QedImage:
         self._closed = False
 
     @classmethod
-    async def open(cls, path: str, *, writable: bool = False, marked: bool = False) -> QedImage:
-        """Open an image and take QEMU's locks on it.
+    async def open(
+        cls, path: str, *, writable: bool = False, marked: bool = False, sharing: Sharing | None = None
+    ) -> QedImage:
+        """Open an image and take QEMU's locks on it: as WRITER or READER by default, as ``writable`` says.
 
         With ``marked``, whoever opens it for writing sets a bit in :attr:`written` for what the guest writes.
 
         Opening for writing makes durable what an earlier owner left in the page cache, and takes back what nothing
         refers to. Raises ImageError, ImageLockedError.
         """
-        sharing = Sharing.WRITER if writable else Sharing.READER
+        share = sharing or (Sharing.WRITER if writable else Sharing.READER)
         file = await asyncio.to_thread(
-            open_file, path, lambda fd: take_locks(fd, sharing, path), writable=writable, marked=marked
+            open_file, path, lambda fd: take_locks(fd, share, path), writable=writable, marked=marked
         )
         return cls(path, file, read_only=not writable)
 

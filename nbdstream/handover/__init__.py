@@ -1,0 +1,1 @@
+"""The hand-over of live disks: what drives the state machines of :mod:`nbdstream.wire.handover`, on real hosts."""
