@@ -190,7 +190,7 @@ class Handshake(asyncio.Protocol):
         self._transport = transport
         self._securing = None
         secured = transport.get_extra_info("ssl_object")
-        self._names = [*common_names(secured), fingerprint(secured)]
+        self._names = [name for name in (*common_names(secured), fingerprint(secured)) if name]
         self._negotiation.secure()
         transport.set_protocol(self)
         if early.data:
