@@ -97,8 +97,8 @@ class DiskStream:
         self._write_rate = RateMeter()
         self._governor = Governor(guest_latency) if guest_latency else None
         self._fetched = 0
-        exports = server.exports if server else []
-        self._latency = GuestLatency(exports, hydration.fetches.waited.__contains__ if hydration else bool)
+        exports, waited = server.exports if server else [], hydration.fetches.waited if hydration else ()
+        self._latency = GuestLatency(exports, waited.__contains__)
         self._latency.start(self._looked)
         self.listeners.append(self._happened)
         if self.independent:
@@ -254,10 +254,9 @@ class DiskStream:
 
     def _looked(self, latency: Latency) -> None:
         """Have the job follow what the guest's requests took, while it runs."""
+        before, self._fetched = self._fetched, self.progress.fetched
         if self._governor and self.job and self.job.status is JobStatus.RUNNING:
-            fetched = self.progress.fetched
-            self._governor.look(latency.requests, latency.p99, (fetched - self._fetched) / LOOK_SECONDS)
-            self._fetched = fetched
+            self._governor.look(latency.requests, latency.p99, (self._fetched - before) / LOOK_SECONDS)
 
     # -- telling ----------------------------------------------------------------------------------------------
 

@@ -47,10 +47,6 @@ _RETRY_SECONDS = 1.0
 """Between attempts when the disk is full, or the source answers with errors."""
 
 
-_GIVEN_BACK = frozenset({errno.ECONNRESET, errno.ECANCELED})
-"""What a fetch fails with that nobody waited for when the source was lost."""
-
-
 class Hydrator:
     """Fetches whatever is remote in a range of the disk until nothing is."""
 
@@ -144,7 +140,8 @@ class Hydrator:
     def _finished(self, fetch: Fetch, error: OSError | None) -> None:
         if error is None and fetch.stored:
             self._hydration.disk_has_room()
-        if error is not None and error.errno not in _GIVEN_BACK and self._hydration.source.connected:
+        # With ECONNRESET it was given back when the source was lost; that is somebody else's to tell.
+        if error is not None and error.errno != errno.ECONNRESET and self._hydration.source.connected:
             self._error = error
         self._wake.set()
 

@@ -306,8 +306,11 @@ class Source(BlockDevice):
 
         def ask(export: RemoteExport, request: Request) -> Copy:
             def finished(zero: int | None, error: OSError | None) -> None:
-                if not self._is_lost(error, request):
-                    done(zero, error)
+                if self._is_lost(error, request):
+                    return
+                if error and error.errno in _LOST and not self._closed:
+                    error = OSError(errno.ECONNRESET, error.strerror)
+                done(zero, error)
 
             return export.copy_soon(offset, length, fd, place, finished, zero_unit=zero_unit, urgent=request.urgent)
 

@@ -122,6 +122,11 @@ async def test_an_independent_overlay_is_served_without_its_source(
         assert stream.progress == (disk.size, disk.size, 0.0, 0, 0)
         guest = await RemoteExport.connect(stream.uris[0])
         assert b"".join(await guest.read(0, disk.size)) == disk.data
+        await stream.overlay.flush()
+        while not stream.snapshot().latency.requests:
+            await guest.read(0, disk.size)
+            await asyncio.sleep(0.01)
+        assert stream.snapshot().remote_latency.requests == 0
         await guest.close()
 
 
