@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from nbdstream.units import SizeError, parse_size
 from tests.bench import peers
+from tests.bench.guest import measure_guests, streamers
 from tests.bench.process import BenchError
 from tests.bench.qed import measure_qed, qed_servers
 from tests.bench.reads import measure_reads
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from tests.bench.results import Section
 
 CHUNK = 16 << 20
-SECTIONS = ("reads", "tls", "stream", "wan", "qed")
+SECTIONS = ("reads", "tls", "stream", "wan", "qed", "guest")
 
 FAR_SECONDS = 0.025
 """A round trip between two cities of a continent."""
@@ -65,6 +66,7 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
     servers = peers.nbd_servers(systems, arguments.ours, arguments.against)
     movers = peers.movers(systems, arguments.ours, arguments.against)
     of_qed = qed_servers(systems, arguments.ours, arguments.against)
+    guests = streamers(systems, arguments.ours, arguments.against)
     if unknown := set(arguments.only) - {competitor.key for competitor in (*servers, *movers, *of_qed)}:
         msg = f"nobody is called {', '.join(sorted(unknown))}"
         raise BenchError(msg)
@@ -99,6 +101,11 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
         sections.append(measure_qed(
             source, peers.selected(of_qed, arguments.only), arguments.ours,
             rounds=arguments.rounds, seconds=arguments.seconds, scratch=scratch, sockets=sockets,
+        ))  # fmt: skip
+    if arguments.section in ("guest", "all"):
+        sections.append(measure_guests(
+            source, peers.selected(guests, arguments.only),
+            rounds=arguments.rounds, scratch=scratch, sockets=sockets,
         ))  # fmt: skip
     return sections
 

@@ -14,10 +14,22 @@ if TYPE_CHECKING:
 def fio(uri: str, options: Sequence[str], scratch: str) -> dict[str, Any]:
     """Run one job against an export and return what fio tells of it. Raises BenchError."""
     report = f"{scratch}/fio.json"
-    run(["fio", "--name=job", "--ioengine=nbd", f"--uri={uri}", *options,
-         "--output-format=json", f"--output={report}"])  # fmt: skip
+    run(fio_argv(uri, options, report))
+    return read_report(report, uri)
+
+
+def fio_argv(uri: str, options: Sequence[str], report: str) -> list[str]:
+    """Return the command that runs one job; ``report`` is the file that it writes."""
+    return ["fio", "--name=job", "--ioengine=nbd", f"--uri={uri}", *options,
+            "--output-format=json", f"--output={report}"]  # fmt: skip
+
+
+def read_report(report: str, uri: str) -> dict[str, Any]:
+    """Return what fio told of its one job. Raises BenchError if it did nothing, or failed."""
     with open(report) as file:
         text = file.read()
+    if "{" not in text:
+        raise BenchError(f"fio did not even begin with {uri}")
     job: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]  # fio's notes come before the JSON
     if job["error"] or not job["read"]["total_ios"] + job["write"]["total_ios"]:
         msg = f"fio did nothing with {uri}: error {job['error']}"
@@ -25,7 +37,7 @@ def fio(uri: str, options: Sequence[str], scratch: str) -> dict[str, Any]:
     return job
 
 
-def latencies(side: dict[str, Any]) -> dict[str, float]:
-    """Return the percentiles of one side of a job (``read``, ``write``), in microseconds, by name."""
-    percentiles = side["clat_ns"]["percentile"]
+def latencies(side: dict[str, Any], kind: str = "clat_ns") -> dict[str, float]:
+    """Return the percentiles of one side of a job (``read``, ``write``, ``sync``), in microseconds, by name."""
+    percentiles = side[kind]["percentile"]
     return {f"p{name}_us": percentiles[f"{name}.000000"] / 1000 for name in (50, 99)}

@@ -157,10 +157,12 @@ def _number(value: float, unit: Unit) -> str:
             return f"{value / 1e9:.2f}"
         case "s":
             return f"{value:.2f}"
+        case "ms":
+            return f"{value * 1000:.2f}"
 
 
 def _amount(value: float, unit: Unit) -> str:
-    return _number(value, unit) + {"reads/s": "/s", "writes/s": "/s", "bytes/s": " GB/s", "s": " s"}[unit]
+    return _number(value, unit) + {"reads/s": "/s", "writes/s": "/s", "bytes/s": " GB/s", "s": " s", "ms": " ms"}[unit]
 
 
 def _floor_line(floor: Floor, ratio: float | None) -> str:

@@ -11,19 +11,20 @@ from tests.bench.peers import OURS
 if TYPE_CHECKING:
     from tests.bench.peers import Competitor
 
-Unit = Literal["reads/s", "writes/s", "bytes/s", "s"]
+Unit = Literal["reads/s", "writes/s", "bytes/s", "s", "ms"]
+"""ms: the value is in seconds all the same."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing that everybody does. Less is better where the unit is seconds, more elsewhere."""
+    """One thing that everybody does. Less is better where the unit is a time, more elsewhere."""
 
     title: str
     unit: Unit
 
     def speed(self, value: float) -> float:
         """``value`` as something of which more is better."""
-        return 1 / value if self.unit == "s" else value
+        return 1 / value if self.unit in ("s", "ms") else value
 
 
 @dataclass

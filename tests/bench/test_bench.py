@@ -30,7 +30,7 @@ def test_quick_run_measures_everybody(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     sections = json.loads((tmp_path / "bench.json").read_text())["sections"]
     far = {"nbdstream", "block-stream"}
-    measured = {"reads": SERVERS, "tls": SERVERS, "stream": MOVERS, "wan": far, "qed": QED_SERVERS}
+    measured = {"reads": SERVERS, "tls": SERVERS, "stream": MOVERS, "wan": far, "qed": QED_SERVERS, "guest": far}
     for name, competitors in measured.items():
         assert sections[name]["problems"] == {}
         for workload in sections[name]["workloads"].values():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nbdstream.block import worker as worker_module
-from nbdstream.block.worker import Worker, pread_exact, pwrite_all, pwritev_all
+from nbdstream.block.worker import Worker, give_way, pread_exact, pwrite_all, pwritev_all
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -204,3 +204,22 @@ def test_pread_exact_is_an_error_where_the_file_ends_before(tmp_path: Path) -> N
     with open(tmp_path / "file", "rb") as file, pytest.raises(OSError, match="ends before 12") as caught:
         pread_exact(file.fileno(), 8, 4)
     assert caught.value.errno == errno.EIO
+
+
+def test_a_thread_gives_way_and_no_other_does() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    found: list[int] = []
+
+    def serve() -> None:
+        for _ in range(5):  # there is an end to it
+            give_way()
+            found.append(priority())
+
+    before = priority()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    thread.join()
+    assert priority() == before
+    assert found == [min(before + 5 * step, 19) for step in range(1, 6)]

@@ -11,6 +11,8 @@ import threading
 from queue import PriorityQueue
 from typing import TYPE_CHECKING
 
+from nbdstream.block.worker import give_way
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -38,6 +40,7 @@ class Store:
         self._thread.join()
 
     def _serve(self) -> None:
+        give_way()
         while (copy := self._queue.get()[2]) is not None:
             self._finish(copy)
             del copy  # and its buffer: the next one may be long in coming

@@ -18,6 +18,7 @@ from nbdstream.block.remote.commands import Alignment, BufferPool, Command, Copy
 from nbdstream.block.remote.handle import Handle, HandleError, RemoteInfo, connection_lost
 from nbdstream.block.remote.mailbox import Mailbox
 from nbdstream.block.remote.store import Store
+from nbdstream.block.worker import give_way
 
 if TYPE_CHECKING:
     import asyncio
@@ -111,6 +112,7 @@ class RemoteThread:
         return self._mailbox.closed
 
     def _main(self) -> None:
+        give_way()
         try:
             # The loop limits the first one's time: it may hang in looking up a name.
             self._open_connection(deadline=float("inf"))

@@ -1,0 +1,204 @@
+"""A guest beside the stream: how long its requests take while the disk becomes local, and how long that takes.
+
+The guest is fio's NBD engine with 4 requests of 4 KiB in flight, at random over the whole disk, from the moment the
+stream begins until the overlay is independent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from tests.bench.disk import bring_into_cache, settle
+from tests.bench.fio import fio_argv, latencies, read_report
+from tests.bench.peers import Competitor, our_commands, versions
+from tests.bench.process import BenchError, on_unix, run, serving
+from tests.bench.qmp import NODE, StorageDaemon
+from tests.bench.results import Floor, Section, Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from tests.bench.peers import System
+
+LONGEST_SECONDS: Final = 600
+SHORTEST_SECONDS: Final = 0.7
+"""For so long the guest goes on at least: a small disk (--quick) is there before fio has begun."""
+POLL_SECONDS: Final = 0.01
+
+
+@dataclass(frozen=True)
+class Streamer(Competitor):
+    """Somebody who streams while a guest uses the disk."""
+
+    begin: Callable[[Disk], AbstractContextManager[str]]
+    """Makes the overlay, serves it and begins to stream; gives the guest's URI. At its end all has been closed."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """One disk to be streamed."""
+
+    source: str
+    """The URI of the source."""
+    overlay: str
+    guest: str
+    """A path for the guest's socket."""
+    monitor: str
+    """A path for a QMP socket."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the guest does."""
+
+    title: str
+    options: tuple[str, ...]
+    side: str
+    """Where fio tells of it."""
+
+
+LOADS = (
+    Load("reads", ("--rw=randread",), "read"),
+    Load("writes", ("--rw=randwrite",), "write"),
+    Load("flushes, one after 16 writes", ("--rw=randwrite", "--fsync=16"), "sync"),
+)
+FIFTH: Final = 5.0
+
+
+def workload(load: Load, figure: str) -> Workload:
+    """One line of the table: ``figure`` is p50 or p99 or until."""
+    if figure == "until":
+        return Workload(f"until independent, beside {load.title}", "s")
+    return Workload(f"{load.title}, {figure}", "ms")
+
+
+def streamers(systems: Sequence[System], ours: str, against: str | None) -> list[Streamer]:
+    """nbdstream, then the storage daemon of each system."""
+    result = []
+    for key, (label, command) in our_commands(ours, against).items():
+
+        @contextlib.contextmanager
+        def stream(disk: Disk, command: str = command) -> Iterator[str]:
+            place = on_unix(disk.guest)
+            with serving([command, "stream", disk.source, disk.overlay, "-U", disk.guest], place):
+                yield place.uri
+
+        result.append(Streamer(key, label, stream))
+    for system in systems:
+
+        @contextlib.contextmanager
+        def block_stream(disk: Disk, system: System = system) -> Iterator[str]:
+            run(system.command("qemu-img", "create", "-q", "-f", "qed", "-b", disk.source, "-F", "raw", disk.overlay))
+            daemon = StorageDaemon(
+                system.command("qemu-storage-daemon"), disk.overlay, disk.monitor,
+                "--nbd-server", f"addr.type=unix,addr.path={disk.guest}",
+                "--export", f"type=nbd,id=guest,node-name={NODE},name=,writable=on",
+            )  # fmt: skip
+            try:
+                daemon.begin_stream()
+                yield on_unix(disk.guest).uri
+            finally:
+                daemon.close()
+
+        result.append(Streamer(system.key("block-stream"), system.label("block-stream", versions(system).qemu),
+                               block_stream))  # fmt: skip
+    return result
+
+
+def measure_guests(path: str, who: Sequence[Streamer], *, rounds: int, scratch: str, sockets: str) -> Section:
+    """Measure ``who`` over the raw file ``path``, which nbdkit serves."""
+    oldest = next((each.key for each in who if each.key.startswith("block-stream")), "block-stream")
+    section = Section(
+        "guest",
+        f"A guest with 4 requests of 4 KiB in flight, while {os.path.getsize(path) >> 20} MiB are streamed from nbdkit",
+        [*who],
+        [workload(load, figure) for load in LOADS for figure in ("p50", "p99", "until")],
+        tuple(Floor(workload(load, "p99").title, oldest, FIFTH) for load in LOADS[:2]),
+    )
+    for round_number in range(rounds):
+        for load in LOADS:
+            for competitor in section.turn(round_number):
+                streamer = next(each for each in who if each.key == competitor.key)
+                print(f"guest, round {round_number + 1}, {load.title}, {streamer.label}", file=sys.stderr)
+                try:
+                    figures, details = _measure(path, streamer, load, scratch, sockets)
+                except BenchError as error:
+                    section.fail(streamer, str(error))
+                else:
+                    for figure, value in figures.items():
+                        section.add(workload(load, figure), streamer, value, **details)
+    return section
+
+
+def _measure(
+    path: str, streamer: Streamer, load: Load, scratch: str, sockets: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    bring_into_cache(path)
+    settle()
+    statistics, overlay = f"{scratch}/nbdkit.stats", f"{scratch}/guest.qed"
+    source = on_unix(f"{sockets}/guest-source")
+    disk = Disk(source.uri, overlay, f"{sockets}/guest", f"{sockets}/guest-monitor")
+    nbdkit = ["nbdkit", "-f", "-r", "-U", source.where, "--filter=stats", "file", path,
+              f"statsfile={statistics}"]  # fmt: skip
+    try:
+        with serving(nbdkit, source), streamer.begin(disk) as uri:
+            job, seconds = _guest(uri, load, overlay, scratch)
+        found = latencies(job[load.side], "lat_ns" if load.side == "sync" else "clat_ns")
+        figures = {"p50": found["p50_us"] / 1e6, "p99": found["p99_us"] / 1e6, "until": seconds}
+        return figures, {"fetched_by_allocated": _bytes_read(statistics) / os.path.getsize(path)}
+    finally:
+        for left in (overlay, statistics, source.where, disk.guest, disk.monitor):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(left)
+
+
+def _guest(uri: str, load: Load, overlay: str, scratch: str) -> tuple[dict[str, Any], float]:
+    """Run the guest until ``overlay`` has no backing file; return what fio tells, and the seconds until then."""
+    report = f"{scratch}/guest.json"
+    options = [*load.options, "--bs=4k", "--iodepth=4", "--time_based", f"--runtime={LONGEST_SECONDS}"]
+    start = time.monotonic()
+    with subprocess.Popen(fio_argv(uri, options, report), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as guest:
+        try:
+            while _has_backing(overlay):
+                if guest.poll() is not None or time.monotonic() - start > LONGEST_SECONDS:
+                    raise BenchError("the guest ended before the overlay was independent")
+                time.sleep(POLL_SECONDS)
+            seconds = time.monotonic() - start
+            time.sleep(max(0.0, SHORTEST_SECONDS - seconds))
+            guest.send_signal(signal.SIGINT)  # it writes its report
+            guest.wait()
+        except BaseException:
+            guest.kill()
+            raise
+    return read_report(report, uri), seconds
+
+
+def _has_backing(overlay: str) -> bool:
+    """Whether the image says that it has a backing file (qed_spec: bit 0 of the features, at offset 16)."""
+    with open(overlay, "rb") as file:
+        return bool(file.read(17)[16] & 1)
+
+
+def _bytes_read(statistics: str) -> int:
+    """Return how many bytes nbdkit's stats filter saw being read."""
+    with open(statistics) as file:
+        for line in file:
+            if line.startswith("read:"):
+                # "read: 2049 ops, 0.123 s, 2.00 GiB, ..."
+                words = line.replace(",", "").split()
+                for number, unit in itertools.pairwise(words):
+                    if unit in _UNITS:
+                        return int(float(number) * _UNITS[unit])
+    raise BenchError(f"{statistics} does not say how much was read")
+
+
+_UNITS: Final = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
