@@ -228,6 +228,7 @@ async def refused(uri: str, path: str, error: type[NbdstreamError], match: str, 
     """Nothing is made, changed, or kept open."""
     existed = os.path.lexists(path)
     before = qed_bytes(path) if existed else b""
+    others = set(threading.enumerate())  # of tests in which a side died, as far as one process can
     with pytest.raises(error, match=match) as raised:
         await DiskStream.start(uri, path, socket=socket)
     assert "\n" not in str(raised.value)
@@ -235,13 +236,14 @@ async def refused(uri: str, path: str, error: type[NbdstreamError], match: str, 
     if existed:
         assert qed_bytes(path) == before
     async with asyncio.timeout(5):  # the thread of a source that was tried ends by and by
-        while kept(path):
+        while kept(path, others):
             await asyncio.sleep(0.001)
 
 
-def kept(path: str) -> list[str]:
-    """What is still there of an image and of a source: descriptors, threads."""
-    found = [thread.name for thread in threading.enumerate() if thread.name.startswith(("qed", "nbd-source"))]
+def kept(path: str, others: set[threading.Thread]) -> list[str]:
+    """What is still there of an image and of a source: descriptors, threads that are none of the ``others``."""
+    threads = set(threading.enumerate()) - others
+    found = [thread.name for thread in threads if thread.name.startswith(("qed", "nbd-source"))]
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
             found.append(os.readlink(f"/proc/self/fd/{fd}"))
