@@ -26,6 +26,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("nbdstream")
 
+# With one of these set pytest shows the whole difference of what an assertion compared, a line a byte: that of two
+# clusters takes it longer than a test may last, so that a failure would be told as a timeout and end the run.
+for variable in ("CI", "BUILD_NUMBER"):
+    os.environ.pop(variable, None)
+
 
 def pytest_report_header() -> str:
     return f"seed: {SESSION_SEED} (NBDSTREAM_SEED={SESSION_SEED} repeats it)"

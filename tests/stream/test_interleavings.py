@@ -293,7 +293,8 @@ class Case:
         found = self._content(left)
         for cluster in range(CLUSTERS):
             part = slice(cluster * CLUSTER, (cluster + 1) * CLUSTER)
-            assert found[part] == self._as_seen(overlay, cluster), f"a kill loses cluster {cluster}"
+            kept = found[part] == self._as_seen(overlay, cluster)
+            assert kept, f"a kill loses cluster {cluster}"
 
     def _as_seen(self, overlay: Overlay, cluster: int) -> bytes:
         """What the guest reads, whether or not it is in memory."""
