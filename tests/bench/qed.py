@@ -196,7 +196,7 @@ class _Bench:
             os.unlink(path)
 
     def measure(self, workload: QedWorkload, server: QedServer) -> tuple[float, dict[str, float]]:
-        """Return the speed in the workload's unit, and latencies in microseconds. Raises BenchError."""
+        """Return the speed in the workload's unit, and what else fio tells of itself. Raises BenchError."""
         if workload.image == "empty":
             path = self._new_image()
         else:
@@ -218,7 +218,8 @@ class _Bench:
             if workload.image == "empty":
                 os.unlink(path)
         side = job["read" if workload.unit == "reads/s" else "write"]
-        return float(side["bw_bytes"] if workload.unit == "bytes/s" else side["iops"]), latencies(side)
+        details = latencies(side) | {"client_processors": (job["usr_cpu"] + job["sys_cpu"]) / 100}
+        return float(side["bw_bytes"] if workload.unit == "bytes/s" else side["iops"]), details
 
     @property
     def _verified(self) -> int:
