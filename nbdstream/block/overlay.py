@@ -418,6 +418,7 @@ class Overlay(BlockDevice):
         self.remote = ~self.image.allocated
         self.remote_count = self.remote.count()
         self.keeper = keeper
+        self.hydrating = True
         self.written = self.image.written
 
     def adopt(self, cluster: int, place: int, count: int, zero: int) -> None:
@@ -448,6 +449,7 @@ class Overlay(BlockDevice):
     def become_independent(self) -> None:
         """Forget what is below. No cluster is remote any more."""
         self.below = self.keeper = self.remote = self.written = None
+        self.hydrating = False
 
     # -- describing -------------------------------------------------------------------------------------------
 

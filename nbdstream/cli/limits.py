@@ -65,6 +65,13 @@ LIMIT_OPTIONS = (
         "replies per connection that its client has not taken yet",
     ),
     LimitOption(
+        "--poll-max-ns",
+        "poll_max_ns",
+        arguments.count(0, 1_000_000),
+        "N",
+        "for how many nanoseconds to look for the next request of a quick client before going to sleep; 0: not at all",
+    ),
+    LimitOption(
         "--linger-timeout",
         "linger_time",
         arguments.seconds,

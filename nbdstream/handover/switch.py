@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from nbdstream.block.device import Buffer
 
-_VERBS = ("read_now", "read", "write_now", "write", "write_zeroes", "discard", "flush", "extents")
+_VERBS = ("read_now", "read", "write_at_once", "write_now", "write", "write_zeroes", "discard", "flush", "extents")
 
 
 class Switch(BlockDevice):
@@ -36,6 +36,11 @@ class Switch(BlockDevice):
         self.device = device
         for verb in _VERBS:  # not by a method that passes on: the guest's requests come by here for ever
             setattr(self, verb, getattr(device, verb))
+
+    @property
+    def hydrating(self) -> bool:  # type: ignore[override]
+        """Whether what it is now hydrates."""
+        return self.device.hydrating
 
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:  # pragma: no cover - see become
         """Read from what it is now."""

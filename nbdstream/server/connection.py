@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nbdstream.server.export import Export
     from nbdstream.server.limits import Limits
     from nbdstream.server.payloads import PayloadMemory
+    from nbdstream.server.polling import Polling
     from nbdstream.wire.export import Agreement
 
     Join: TypeAlias = Callable[[Sequence[Buffer]], Iterator[bytes]]
@@ -60,6 +61,7 @@ class Connection(asyncio.BufferedProtocol):
         agreement: Agreement,
         limits: Limits,
         memory: PayloadMemory,
+        polling: Polling,
         *,
         join: Join | None,
         closed: Callable[[Connection], None],
@@ -73,6 +75,7 @@ class Connection(asyncio.BufferedProtocol):
         self.export = export
         self._limits = limits
         self._memory = memory
+        self._polling = polling
         self._closed = closed
         self._loop = asyncio.get_running_loop()
         self._peer = describe_peer(transport)
@@ -175,6 +178,7 @@ class Connection(asyncio.BufferedProtocol):
     def _take_requests(self) -> None:
         """Take every request in the buffer that there is room for, and send what can be answered now."""
         self._stalled = False
+        self._polling.requested()
         try:
             self._serve_batch()
         except ProtocolError as error:
@@ -189,6 +193,8 @@ class Connection(asyncio.BufferedProtocol):
         if not self._stalled:
             self._compact()
         self._settle()
+        if not (self._in_flight.requests or self.export.device.hydrating):
+            self._polling.replied()
 
     def _serve_batch(self) -> None:
         device, wire_replies = self.export.device, self._transmission.replies

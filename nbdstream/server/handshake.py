@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nbdstream.server.export import Export
     from nbdstream.server.limits import Limits
     from nbdstream.server.payloads import PayloadMemory
+    from nbdstream.server.polling import Polling
     from nbdstream.server.tls import TlsPolicy
     from nbdstream.wire.export import ExportInfo
 
@@ -60,6 +61,10 @@ class Host(Protocol):
     @property
     def memory(self) -> PayloadMemory:
         """Where the payloads of large writes are received."""
+
+    @property
+    def polling(self) -> Polling:
+        """Whether to sleep between requests."""
 
     def arrived(self, handshake: Handshake) -> str | None:
         """Count a new client in, or return why it is turned away."""
@@ -219,6 +224,7 @@ class Handshake(asyncio.Protocol):
             agreement,
             host.limits,
             host.memory,
+            host.polling,
             join=None if bare else host.joiner.join,
             closed=host.closed,
         )

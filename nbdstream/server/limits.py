@@ -38,5 +38,9 @@ class Limits:
     reads of 256 KiB, so a client that takes its replies steadily never meets it. Inside TLS nothing more is encrypted
     either."""
 
+    poll_max_ns: int = 50_000
+    """For how long at a time the server stays awake for the next request of a client that is quick to send it: two
+    or three times what such a client takes, and as long as it costs to be woken up. QEMU's iothreads have 32 µs."""
+
     linger_time: float = 10.0
     """From the last reply to the end of a connection: a client that does not take what it asked for is then cut off."""

@@ -14,6 +14,7 @@ from nbdstream.server import sockets
 from nbdstream.server.handshake import Handshake
 from nbdstream.server.limits import Limits
 from nbdstream.server.payloads import PayloadMemory
+from nbdstream.server.polling import Polling
 from nbdstream.uri import NbdUri
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class NbdServer:
         self.limits = limits
         self.tls = tls
         self.memory = PayloadMemory()
+        self.polling = Polling(limits.poll_max_ns)
         self.joiner = KernelJoin()
         self._servers: list[asyncio.Server] = []
         self._files: list[tuple[str, tuple[int, int]]] = []
