@@ -38,6 +38,9 @@ _CLUSTERS_AT_ONCE = 512
 class Keeper(Protocol):
     """Who makes remote clusters local when somebody needs them (copy-on-read)."""
 
+    async def read(self, cluster: int, within: int, length: int) -> memoryview | None:
+        """Return bytes of a cluster if they are there before it is local, which it becomes; None: :meth:`keep` it."""
+
     async def keep(self, first: int, behind: int) -> None:
         """Make the remote ones among clusters ``first .. behind-1`` local, or leave them (a full disk).
 
@@ -105,14 +108,19 @@ class Overlay(BlockDevice):
 
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:
         """Read; what is remote is kept, if somebody keeps it."""
-        if self.keeper:
-            await self.keeper.keep(offset // self._cluster_size, -(-(offset + length) // self._cluster_size))
+        if keeper := self.keeper:
+            cluster, within = divmod(offset, self._cluster_size)
+            behind = -(-(offset + length) // self._cluster_size)
+            if behind == cluster + 1 and (data := await keeper.read(cluster, within, length)):
+                return [data]
+            await keeper.keep(cluster, behind)
         buffers: list[Buffer] = []
         end = offset + length
         while offset < end:
             entry, run = await self._run(offset, end - offset)
             if entry > ZERO:
-                buffers.append(await self.image.view(entry, run))
+                view = self.image.view_now(entry, run)  # what was fetched just now is in memory
+                buffers.append(await self.image.view(entry, run) if view is None else view)
             elif entry == ZERO:
                 buffers.extend(zero_buffers(run))
             else:
@@ -165,8 +173,7 @@ class Overlay(BlockDevice):
     def write_at_once(self, offset: int, data: Buffer) -> bool:
         """Take a write into one cluster that is allocated and linked, or of which everything else is zero."""
         cluster, within = divmod(offset, self._cluster_size)
-        # While streaming, fetches write into the file at any time, and would keep this waiting.
-        if within + len(data) > self._cluster_size or self.read_only or self.remote is not None:
+        if within + len(data) > self._cluster_size or self.read_only:
             return False
         image = self.image
         entry = image.entry_now(cluster)
@@ -175,8 +182,12 @@ class Overlay(BlockDevice):
         if entry > ZERO:
             if cluster in image.unlinked and cluster not in image.noted:
                 return False
+            self._mark_written(cluster, cluster + 1)
             return image.write_at_once(entry + within, data)
-        if (entry == UNALLOCATED and self._is_below(cluster)) or not image.write_new_at_once(cluster, within, data):
+        if entry == UNALLOCATED and self._is_below(cluster):
+            return False
+        self._mark_written(cluster, cluster + 1)
+        if not image.write_new_at_once(cluster, within, data):
             return False
         self.zero[cluster] = 0
         return True
@@ -269,11 +280,17 @@ class Overlay(BlockDevice):
             start = cluster * self._cluster_size
             head, tail = (start, within), (start + within + len(data), self._cluster_size - within - len(data))
             if entry == UNALLOCATED and self._is_below(cluster):
-                if self.keeper:
-                    await self.keeper.keep(cluster, cluster + 1)
-                    if not self._is_below(cluster):
-                        continue
-                around = [await self._edge_below(*head), await self._edge_below(*tail)]
+                keeper = self.keeper
+                whole = await keeper.read(cluster, 0, min(self._cluster_size, self.size - start)) if keeper else None
+                around: list[Sequence[Buffer]]
+                if whole:
+                    around = [[whole[:within]], [whole[within + len(data) :]]]
+                else:
+                    if keeper:
+                        await keeper.keep(cluster, cluster + 1)
+                        if not self._is_below(cluster):
+                            continue
+                    around = [await self._edge_below(*head), await self._edge_below(*tail)]
                 if cluster in self._busy or self.image.entry_now(cluster) != entry:
                     continue  # somebody allocated it while we read
             elif (place := self.image.allocate_untouched(cluster)) is not None:

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 "--guest-latency",
                 type=_objective,
                 metavar="TIME",
-                help="so gently that 99%% of the guest's requests that need no source take less: 5ms; none: no objective",
+                help="so gently that 99%% of the guest's requests that need no source take less: 5ms, or none",
             )
         elif name == "start":
             verb.add_argument(

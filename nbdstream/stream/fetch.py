@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -16,7 +17,7 @@ from nbdstream.block.readahead import ReadAhead
 from nbdstream.stream.line import Line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from nbdstream.block.overlay import Overlay
     from nbdstream.stream.source import Request, Source
@@ -32,7 +33,10 @@ _SLACK = 256 << 10
 class Fetch:
     """Clusters ``first .. behind-1`` on their way to ``place`` in the file."""
 
-    __slots__ = ("began", "behind", "fetched_before", "first", "length", "place", "request", "stored", "waiters")
+    __slots__ = (
+        "began", "behind", "data", "fetched_before", "first", "length", "place", "readers", "request", "stored",
+        "waiters",
+    )  # fmt: skip
 
     request: Request
     began: float
@@ -48,6 +52,11 @@ class Fetch:
         self.stored = False
         """Whether any of it was written to the file: it is there, and not all zero."""
         self.waiters: list[asyncio.Future[OSError | None]] = []
+        """Who needs it in the file."""
+        self.readers: list[asyncio.Future[None]] = []
+        """Who needs its bytes."""
+        self.data: memoryview | None = None
+        """They are there, though not in the file yet."""
 
 
 class Fetches:
@@ -74,6 +83,26 @@ class Fetches:
         self.on_finished: Callable[[Fetch, OSError | None], None] = lambda _fetch, _error: None
         """Called when a fetch ended, with what went wrong."""
 
+    async def read(self, cluster: int, within: int, length: int) -> memoryview | None:
+        """Return bytes of a remote cluster as soon as they are there, which is before it is kept.
+
+        None if the cluster is local, or its bytes cannot be had so: :meth:`keep` says then what is wrong, if anything.
+        """
+        if not self._is_remote(cluster, cluster + 1):
+            return None
+        self._read_ahead(cluster, cluster + 1)
+        fetch = self._in_flight.get(cluster) or self.begin(cluster, 1, urgent=True)
+        if fetch.data is None:
+            arrival: asyncio.Future[None] = self._loop.create_future()
+            fetch.readers.append(arrival)
+            self._source.hurry(fetch.request)
+            with self._somebody_waits():
+                await arrival
+        start = (cluster - fetch.first) * self._cluster_size + within
+        if fetch.data is None or start + length > fetch.length:
+            return None
+        return fetch.data[start : start + length]
+
     async def keep(self, first: int, behind: int) -> None:
         """Make clusters local for somebody who waits. Returns without, where the disk is full.
 
@@ -82,20 +111,25 @@ class Fetches:
         if self._is_remote(first, behind):
             self._read_ahead(first, behind)
         while waiting := [self._join(fetch) for fetch in self._needed(first, behind)]:
-            self.last_wanted = self._loop.time()
-            if task := asyncio.current_task():
-                self.waited.add(task)
-            self.waiting += 1
-            try:
+            with self._somebody_waits():
                 errors = await asyncio.gather(*waiting)
-            finally:
-                self.waiting -= 1
             if any(error is not None and error.errno == errno.ECONNRESET for error in errors):
                 continue  # nobody had waited for it when the source was lost: ask as somebody who does
             for error in errors:
                 if error is not None and error.errno != errno.ENOSPC and self._is_remote(first, behind):
                     raise OSError(error.errno, error.strerror)
             return
+
+    @contextmanager
+    def _somebody_waits(self) -> Iterator[None]:
+        self.last_wanted = self._loop.time()
+        if task := asyncio.current_task():
+            self.waited.add(task)
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
 
     def _is_remote(self, first: int, behind: int) -> bool:
         remote = self._overlay.remote
@@ -155,7 +189,8 @@ class Fetches:
             lambda zero, error: self._copied(fetch, zero, error),
             zero_unit=self._cluster_size,
             urgent=urgent,
-            wanted=lambda: urgent or bool(fetch.waiters),
+            wanted=lambda: urgent or bool(fetch.waiters or fetch.readers),
+            arrived=lambda data, _error: self._arrived(fetch, data),
         )
         return fetch
 
@@ -166,6 +201,12 @@ class Fetches:
         local = remote.find(0, first, first + most)
         behind = min(first + most, len(remote)) if local < 0 else local
         return next((c - first for c in range(first + 1, behind) if c in self._in_flight), behind - first)
+
+    def _arrived(self, fetch: Fetch, data: memoryview | None) -> None:
+        fetch.data = data
+        for reader in fetch.readers:
+            if not reader.done():
+                reader.set_result(None)
 
     def _copied(self, fetch: Fetch, zero: int | None, error: OSError | None) -> None:
         if error is None and zero is not None:
@@ -196,4 +237,6 @@ class Fetches:
             for waiter in fetch.waiters:
                 if not waiter.done():
                     waiter.set_result(error)
+            if fetch.data is None:
+                self._arrived(fetch, None)
             self.on_finished(fetch, error)

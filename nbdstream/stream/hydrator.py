@@ -27,8 +27,9 @@ _REQUEST_BYTES = 1 << 20
 _REQUEST_BYTES_BESIDE_GUEST = 256 << 10
 """What is being received or stored is not interrupted for a guest's read, so its length is what the guest waits."""
 
-_BYTES_IN_FLIGHT_BESIDE_GUEST = 8 << 20
-"""What the source works on at the same time as on the guest's read."""
+_BYTES_IN_FLIGHT_BESIDE_GUEST = 2 << 20
+"""What the source and we work on at the same time as on the guest's read, and what a guest may find in front of a
+cluster that is on its way already; beyond what a long line itself holds."""
 
 _REQUESTS_AT_LEAST = 8
 """On their way: with fewer, the line is idle when they all end together."""
@@ -185,7 +186,8 @@ class Hydrator:
         most = min(self._hydration.source.memory_for_bulk, self._fetches.line.bytes_to_fill)
         request = _REQUEST_BYTES
         if self._loop.time() - self._fetches.last_wanted < _GUEST_SECONDS:
-            most, request = min(most, _BYTES_IN_FLIGHT_BESIDE_GUEST), _REQUEST_BYTES_BESIDE_GUEST
+            beside_guest = _BYTES_IN_FLIGHT_BESIDE_GUEST + self._fetches.line.bytes_held
+            most, request = min(most, beside_guest), _REQUEST_BYTES_BESIDE_GUEST
         if self._governor:
             self._throttle.cap = self._governor.rate
             if depth := self._governor.depth:

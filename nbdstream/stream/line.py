@@ -42,6 +42,12 @@ class Line:
         self._latency = min(self._latency, took)
 
     @property
+    def bytes_held(self) -> int:
+        """How much the line itself holds, without any queue in front of it or behind it."""
+        rate = max(self._rates)
+        return int(rate * self._latency) if rate else 0
+
+    @property
     def bytes_to_fill(self) -> int:
         """How much has to be on its way."""
         rate = max(self._rates)

@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from nbdstream.block.device import BlockDevice, Buffer
-from nbdstream.block.remote.export import DEFAULT_MEMORY, DEFAULT_STALL_SECONDS, CopyDone, RemoteExport
+from nbdstream.block.remote.export import DEFAULT_MEMORY, DEFAULT_STALL_SECONDS, CopyArrived, CopyDone, RemoteExport
 from nbdstream.block.remote.thread import BULK_SHARE
 from nbdstream.block.worker import settling
 from nbdstream.errors import SourceError, WrongSourceError
@@ -297,11 +297,13 @@ class Source(BlockDevice):
         zero_unit: int,
         urgent: bool,
         wanted: Callable[[], bool],
+        arrived: CopyArrived | None = None,
     ) -> Request:
         """Copy a range into a file; ``done(zero, error)`` when it is there, never before this returns.
 
         Bit i of ``zero`` says that the i-th unit of ``zero_unit`` bytes is all zero: it was not written. ``wanted``
-        tells whether somebody waits for it: if not, it fails with ECONNRESET when its connection does.
+        tells whether somebody waits for it: if not, it fails with ECONNRESET when its connection does. ``arrived`` is
+        called with the bytes of an urgent one before they are in the file.
         """
 
         def ask(export: RemoteExport, request: Request) -> Copy:
@@ -312,7 +314,9 @@ class Source(BlockDevice):
                     error = OSError(errno.ECONNRESET, error.strerror)
                 done(zero, error)
 
-            return export.copy_soon(offset, length, fd, place, finished, zero_unit=zero_unit, urgent=request.urgent)
+            return export.copy_soon(
+                offset, length, fd, place, finished, zero_unit=zero_unit, urgent=request.urgent, arrived=arrived
+            )
 
         request = Request(ask, lambda error: done(None, error), urgent=urgent, wanted=wanted)
         self._submit(request)

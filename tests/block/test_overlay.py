@@ -308,9 +308,6 @@ async def test_what_cannot_be_done_at_once_is_left_to_others(tmp_path: Path) -> 
     assert held is not None
     with held:
         assert not overlay.write_at_once(0, page)
-    overlay.remote = ~overlay.image.allocated
-    assert not overlay.write_at_once(0, page)  # fetches write into the file
-    overlay.remote = None
     await overlay.close()
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
 from nbdstream.block.qed.tables import UNALLOCATED, ZERO
 from nbdstream.block.remote import commands
+from nbdstream.block.worker import pwrite_all
 from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, Streamed, some_bytes, streamed
 from tests.support import qed
 
@@ -34,6 +36,12 @@ async def asked(disk: SourceDisk, times: int = 1) -> None:
         await asyncio.sleep(0.001)
 
 
+async def kept(stream: Streamed) -> None:
+    """Wait until all that was fetched is in the file."""
+    while stream.fetches.bytes_in_flight:
+        await asyncio.sleep(0.001)
+
+
 async def finish(stream: Streamed, first: int, most: int) -> OSError | None:
     """Fetch as the hydrator does, and wait for the end."""
     ended: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
@@ -44,10 +52,34 @@ async def finish(stream: Streamed, first: int, most: int) -> OSError | None:
 
 async def test_what_a_guest_reads_is_kept(stream: Streamed, disk: SourceDisk) -> None:
     assert await stream.read(CLUSTER + 5, 100) == disk.data[CLUSTER + 5 : CLUSTER + 105]
+    await kept(stream)
     assert not stream.is_remote(1)
     assert await stream.read(CLUSTER, CLUSTER) == cluster_of(disk, 1)
     assert disk.reads == [(CLUSTER, CLUSTER)]
     assert stream.fetches.bytes_fetched == CLUSTER
+
+
+async def test_nobody_waits_until_what_was_fetched_is_in_the_file(
+    stream: Streamed, disk: SourceDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_be_stored = threading.Event()
+
+    def store(fd: int, data: bytes, offset: int) -> None:
+        may_be_stored.wait(10)
+        pwrite_all(fd, data, offset)
+
+    monkeypatch.setattr(commands, "pwrite_all", store)
+    assert await stream.read(CLUSTER + 5, 100) == disk.data[CLUSTER + 5 : CLUSTER + 105]
+    assert stream.is_remote(1)
+    assert await stream.read(CLUSTER, 5) == disk.data[CLUSTER : CLUSTER + 5]
+    await stream.overlay.write(CLUSTER + 10, b"new")
+    assert not stream.is_remote(1)
+    may_be_stored.set()
+    await kept(stream)
+    expected = bytearray(cluster_of(disk, 1))
+    expected[10:13] = b"new"
+    assert await stream.read(CLUSTER, CLUSTER) == expected
+    assert disk.reads == [(CLUSTER, CLUSTER)]
 
 
 async def test_readers_of_one_cluster_share_a_fetch(stream: Streamed, disk: SourceDisk) -> None:
@@ -83,7 +115,7 @@ async def test_a_read_of_local_and_remote_clusters_fetches_the_remote_ones_alone
 async def test_a_fetch_ends_in_front_of_what_is_local_or_in_flight_and_after_a_megabyte(
     stream: Streamed, disk: SourceDisk
 ) -> None:
-    await stream.read(5 * CLUSTER, 1)
+    await finish(stream, 5, 1)
     disk.gate.clear()
     assert stream.fetches.begin(8, 2).behind == 10
     assert stream.fetches.begin(2, 100).behind == 5
@@ -174,7 +206,7 @@ async def test_a_last_cluster_is_told_of_when_the_image_has_failed(
         monkeypatch.setattr(stream.image._epochs, "failed", OSError(errno.EIO, "no barrier"))
         async with asyncio.timeout(5):
             with pytest.raises(OSError, match=r"."):
-                await stream.read(CLUSTER, 512)
+                await stream.fetches.keep(1, 2)
         monkeypatch.undo()
 
 
@@ -204,9 +236,11 @@ async def test_on_a_full_disk_reads_pass_through_and_are_not_kept(
     with monkeypatch.context() as patch:
         patch.setattr(commands, "pwrite_all", full)
         assert await stream.read(CLUSTER, 100) == disk.data[CLUSTER : CLUSTER + 100]
+        await kept(stream)
         assert stream.is_remote(1)
         assert await finish(stream, 5, 1) is not None
     assert await stream.read(CLUSTER, 100) == disk.data[CLUSTER : CLUSTER + 100]
+    await kept(stream)
     assert not stream.is_remote(1)
 
 
@@ -214,6 +248,7 @@ async def test_while_the_source_is_away_what_is_local_is_read_and_written_and_th
     stream: Streamed, server: SourceServer, disk: SourceDisk
 ) -> None:
     await stream.read(0, 10)
+    await kept(stream)
     await server.stop()
     while stream.source.connected:
         await asyncio.sleep(0.001)

@@ -37,6 +37,13 @@ def test_a_line_that_becomes_slower_holds_less_after_a_while() -> None:
     assert line.bytes_to_fill < fast / 4
 
 
+def test_what_the_line_itself_holds_is_less_than_what_fills_it() -> None:
+    line = Line()
+    assert line.bytes_held == 0
+    line.arrived(0.0, 0.025, 2 * MIB)
+    assert line.bytes_held == 2 * MIB < line.bytes_to_fill
+
+
 def test_another_line_is_learnt_anew() -> None:
     line = Line()
     line.arrived(0.0, 0.001, 100 * MIB)

@@ -136,7 +136,7 @@ class Read(_Transfer):
 class Copy(_Transfer):
     """Read, and write to a file. The result is the mask of the zero units, which were not written."""
 
-    __slots__ = ("fd", "file_offset", "write_back", "zero_unit")
+    __slots__ = ("arrived", "fd", "file_offset", "own", "write_back", "zero_unit")
 
     fd: int
     file_offset: int
@@ -144,10 +144,20 @@ class Copy(_Transfer):
     """Bytes; 0 writes everything."""
     write_back: bool
     """Begin to write to the disk what was written to the file."""
+    arrived: Callable[[memoryview, OSError | None], None] | None
+    """Told on the loop of the bytes of an urgent one that are there and not written yet."""
+    own: bool
+    """Whether its buffer is not the pool's."""
 
     def allocate(self, length: int, pool: BufferPool) -> bytearray:
-        """Return one from the pool."""
-        return pool.take(length)
+        """Return one from the pool; a fresh one where somebody else is going to look at it."""
+        self.own = self.urgent and self.arrived is not None
+        return bytearray(length) if self.own else pool.take(length)
+
+    def received(self) -> memoryview | None:
+        """Return the bytes, if they may be looked at while they are written and after."""
+        at = self.offset - self.start
+        return memoryview(self._buffer)[at : at + self.length].toreadonly() if self.own else None
 
     def finish(self, pool: BufferPool) -> int:
         """Write to the file, and return the mask."""
@@ -159,7 +169,8 @@ class Copy(_Transfer):
                 pwrite_all(self.fd, data[begin:end], self.file_offset + begin)
         if self.write_back and runs:
             start_write_back(self.fd, self.file_offset + runs[0][0], runs[-1][1] - runs[0][0])
-        pool.give(self._buffer)
+        if not self.own:
+            pool.give(self._buffer)
         return mask
 
 

@@ -30,6 +30,9 @@ ReadDone: TypeAlias = Callable[[bytearray | memoryview | None, OSError | None], 
 CopyDone: TypeAlias = Callable[[int | None, OSError | None], None]
 """The zero units that were not written (bit i: unit i), or what went wrong."""
 
+CopyArrived: TypeAlias = Callable[[memoryview, OSError | None], None]
+"""The bytes, to be looked at only."""
+
 
 DEFAULT_STALL_SECONDS = 30.0
 """What the disk of a source may take to spin up, or to fail over to another path (Linux gives a SCSI command 30 s)."""
@@ -119,13 +122,16 @@ class RemoteExport(BlockDevice):
         zero_unit: int = 0,
         urgent: bool = False,
         write_back: bool = True,
+        arrived: CopyArrived | None = None,
     ) -> Copy:
         """Read a range and write it to ``fd`` at ``file_offset``, neither of it on the loop.
 
         With ``zero_unit``, of the range's units of so many bytes those that hold only zeroes are not
         written but told of. ``write_back`` has the kernel begin at once to bring the data to the disk: an
-        fdatasync is needed all the same, and is shorter. ``fd`` must stay open until ``done``, which is
-        called on the loop, never before this returns, and tells a failed write as it tells a failed read.
+        fdatasync is needed all the same, and is shorter. ``arrived`` is told, on the loop, of the bytes of a copy that
+        was urgent when it was sent, as soon as they are there and before they are in the file. ``fd`` must stay open
+        until ``done``, which is called on the loop, never before this returns, and tells a failed write as it tells a
+        failed read.
         What is returned can be given to :meth:`hurry`.
         """
         command = Copy(offset, length, done, urgent=urgent)
@@ -133,6 +139,8 @@ class RemoteExport(BlockDevice):
         command.file_offset = file_offset
         command.zero_unit = zero_unit
         command.write_back = write_back
+        command.arrived = arrived
+        command.own = False
         self._submit(command)
         return command
 

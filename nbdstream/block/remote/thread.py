@@ -361,6 +361,8 @@ class RemoteThread:
         if command.pieces_left:
             return
         if isinstance(command, Copy) and command.error is None:
+            if command.arrived and (data := command.received()):
+                self._mailbox.answer(command.arrived, data, None)
             self._store.put(command)
         else:
             self._finish(command)
