@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
     from pathlib import Path
 
+    from nbdstream.server.tls import TlsPolicy
+
 T = TypeVar("T")
 
 
@@ -170,10 +172,10 @@ class LocalPair(Pair):
         """Run a coroutine where the source and the streamer are, and return what it returns."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
-    def start_source(self) -> None:
+    def start_source(self, *, tls: TlsPolicy | None = None) -> None:
         async def start() -> tuple[NbdServer, RawImage]:
             image = await RawImage.open(self.image)
-            server = NbdServer([Export("", image, writable=False)])
+            server = NbdServer([Export("", image, writable=False)], tls=tls)
             await server.listen_unix(self.source_socket)
             return server, image
 
