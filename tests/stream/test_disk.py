@@ -768,6 +768,16 @@ async def test_a_step_ends_with_the_disk(server: SourceServer, disk: SourceDisk,
             await step
 
 
+async def test_a_step_is_the_last_where_the_guest_has_read_the_rest(
+    server: SourceServer, disk: SourceDisk, path: str
+) -> None:
+    async with await DiskStream.start(server.uri, path, job=False) as stream:
+        await stream.step(0, 4 * CLUSTER)
+        await stream.overlay.read(8 * CLUSTER, disk.size - 8 * CLUSTER)
+        assert await stream.step(4 * CLUSTER, 4 * CLUSTER) == StepResult(disk.size, True)
+    assert qed.content(path) == disk.data
+
+
 async def test_a_step_that_fails_says_why(server: SourceServer, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with await DiskStream.start(server.uri, path, job=False) as stream:
 
