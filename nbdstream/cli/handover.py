@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from nbdstream.cli import FAILED, arguments
+from nbdstream.cli.picture import describe_handover
 from nbdstream.cli.states import control_path
 from nbdstream.errors import ControlError
 from nbdstream.handover.journal import read_journal
 from nbdstream.handover.manifest import read_manifest
 from nbdstream.handover.status import advice
-from nbdstream.units import format_size
 from nbdstream.wire.handover.vocabulary import SourceRecord
 
 if TYPE_CHECKING:
@@ -142,16 +142,7 @@ def _show(status: dict[str, Any], options: argparse.Namespace) -> None:
     if options.json:
         sys.stdout.write(json.dumps(status) + "\n")
         return
-    connected = "connected" if status["connected"] else "not connected"
-    lines = [f"{status['role']}: {status['state']}, epoch {status['epoch']}, {connected}", status["advice"]]
-    if status["remote"]:
-        lines.append(f"only at the source: {status['remote']} bytes ({format_size(status['remote'])})")
-    for disk in status["disks"]:
-        guard = "; a block device: nothing but its locks keeps others from it" if disk.get("unguarded") else ""
-        lines.append(f"disk {disk['uuid']}, {disk['size']} bytes: {disk['path']}{guard}")
-    if status["problem"]:
-        lines.append(f"problem: {status['problem']}")
-    lines += [f"ALARM: {alarm}" for alarm in status["alarms"]]
+    lines = describe_handover(status)
     if options.verb == "fence" and status["timing"]:
         parts = ", ".join(f"{part['what']} {part['seconds'] * 1000:.1f}" for part in status["timing"])
         lines.append(f"took, in milliseconds: {parts}")

@@ -32,9 +32,10 @@ from nbdstream.wire.handover.vocabulary import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from nbdstream.handover.journal import DestinationContents
+    from nbdstream.stream.disk import DiskStream
     from nbdstream.stream.source import SourceOptions
     from nbdstream.wire.handover.messages import Disk, Message
     from nbdstream.wire.handover.vocabulary import Effect, Event
@@ -105,6 +106,8 @@ class DestinationDriver(Driver[Destination, DestinationState]):
         self.setup = setup
         self.disks: list[DestinationDisk] = []
         """Once they are prepared."""
+        self.streaming: list[Callable[[DiskStream], None]] = []
+        """Called with each disk's stream, when the disk is owned here."""
         self._options = options
         certificates = options.source.tls_certificates
         self._tls = client_context(certificates) if self.offer.tls and certificates else None
@@ -252,6 +255,7 @@ class DestinationDriver(Driver[Destination, DestinationState]):
                     self.setup.overlays[number],
                     self._uri(disk),
                     options.source,
+                    device=f"disk{number}",
                     socket=options.sockets[number],
                     socket_mode=options.socket_mode,
                     socket_group=options.socket_group,
@@ -274,7 +278,10 @@ class DestinationDriver(Driver[Destination, DestinationState]):
         if isinstance(effect, AllowWrites):
             self._accepted = self._accepted or time.time()
             for disk in self.disks:
-                disk.allow_writes()
+                if disk.stream is None:
+                    stream = disk.allow_writes()
+                    for listener in self.streaming:
+                        listener(stream)
         elif isinstance(effect, Hydrate):
             for disk in self.disks:
                 disk.hydrate(self._options.speed)
