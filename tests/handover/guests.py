@@ -114,6 +114,10 @@ class SourceGuest(WritingGuest):
         """Has it run again."""
         return f"rm -f {self._stopped}; until test -e {self._running}; do sleep 0.02; done"
 
+    def stands_still(self) -> bool:
+        """Whether it has let go of the image."""
+        return not self._running.exists()
+
     def could_run(self) -> bool:
         """Whether it runs, or would if somebody started it, as an autostart does."""
         if self._running.exists():

@@ -121,6 +121,12 @@ class Hosts:
         """Give a command, as a driver of migrations does."""
         ask(f"{self.state_directory(side)}/control", f"x-handover-{command}", **arguments)
 
+    def fence(self) -> None:
+        """Begin the change of owner: the guest stands still, and its hook waits until it may end."""
+        self.say("source", "fence")
+        self.ran("fence")
+        wait_until(self.guests["source"].stands_still, "the guest to stand still")
+
     def told(self, side: str) -> str:
         """Return what an operator sees of a side."""
         return nbdstream("handover", "status", "--state", self.state_directory(side)).stdout
@@ -165,16 +171,22 @@ class Hosts:
         self.until("source", "PREPARED", "FENCING", "FENCED", "GRANTED", "ACCEPTED", "RELEASING", "RELEASED")
         if self.status("source")["state"] == "PREPARED":
             self.say("source", "fence")
-        assert self.wait("source") == 0
-        if self.status("destination")["state"] == "INDEPENDENT":  # what the source said of its end was lost
-            self.start("source")
-            assert self.wait("source") == 0
-        self.until("destination", "RELEASED")
+        self.end_of_source()
         assert self.owner() == "destination"
         assert self.stop("destination") == 0
         raw = f"{self.overlay}.raw"
         run("qemu-img", "convert", "-f", "qed", "-O", "raw", str(self.overlay), raw)
         self.check(Path(raw).read_bytes())
+
+    def end_of_source(self) -> None:
+        """Let the source come to its end, and the destination know."""
+        self.link.mend()
+        self.let("release")
+        assert self.wait("source") == 0
+        if self.status("destination")["state"] == "INDEPENDENT":  # what the source said of its end was lost
+            self.start("source")
+            assert self.wait("source") == 0
+        self.until("destination", "RELEASED")
 
     def end_at_source(self) -> None:
         """Let all go its way, and see that the source ends as the owner, and nothing is left of the destination."""

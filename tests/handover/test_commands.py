@@ -49,8 +49,7 @@ def test_a_fence_that_is_called_off_says_so(hosts: Hosts) -> None:
 
 
 def test_an_override_needs_evidence_and_gives_the_disk_back(hosts: Hosts) -> None:
-    hosts.say("source", "fence")
-    hosts.ran("fence")
+    hosts.fence()
     hosts.link.stall()
     hosts.let("fence")
     hosts.until("source", "GRANTED")

@@ -39,8 +39,7 @@ def prepared(hosts: Hosts) -> None:
 
 def fencing(hosts: Hosts) -> None:
     prepared(hosts)
-    hosts.say("source", "fence")
-    hosts.ran("fence")
+    hosts.fence()
 
 
 def fenced(hosts: Hosts) -> None:
@@ -130,6 +129,8 @@ class Situation(NamedTuple):
 
 GIVEN_UP = "the guest stays stopped here, for the destination may own the disks: restore the link"
 
+LINKS = ("loopback", "two hosts")
+
 SITUATIONS = [
     Situation(joining, "OFFERED", "JOINING", "source"),
     Situation(preparing, "OFFERED", "PREPARING", "source"),
@@ -147,7 +148,18 @@ SITUATIONS = [
     Situation(declined_after_the_grant, "GRANTED", "DECLINED", "", "asked to accept", ends_at_source=True),
 ]
 
-in_every_situation = pytest.mark.parametrize("situation", SITUATIONS, ids=[each.reach.__name__ for each in SITUATIONS])
+
+def everywhere(first: str, second: str) -> pytest.MarkDecorator:
+    """Every situation on both links; by default on one of them, which is the first or the second by turns."""
+    cases = [
+        pytest.param(
+            situation, link, marks=() if link == (first, second)[turn % 2] else pytest.mark.soak,
+            id=f"{situation.reach.__name__} on {link}",
+        )
+        for turn, situation in enumerate(SITUATIONS)
+        for link in LINKS
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("situation", "hosts"), cases, indirect=["hosts"])
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +194,15 @@ def begin(hosts: Hosts, situation: Situation) -> None:
     assert not situation.why or situation.why in hosts.told("source")
 
 
-@pytest.mark.parametrize("hosts", ["loopback", pytest.param("two hosts", marks=pytest.mark.soak)], indirect=True)
 @pytest.mark.parametrize("side", ["source", "destination"])
-@in_every_situation
+@everywhere("loopback", "loopback")
 def test_a_side_that_is_killed_goes_on(situation: Situation, side: str, hosts: Hosts) -> None:
     begin(hosts, situation)
     hosts.kill(side)
     command = "offer" if side == "source" else "receive"
-    assert f"'nbdstream {command}' does not run: start it again with the same command line" in hosts.told(side)
+    over = getattr(situation, side) in ("DECLINED", "RELEASED")
+    again = " any more" if over else ": start it again with the same command line"
+    assert f"'nbdstream {command}' does not run{again}. " in hosts.told(side)
     locks_are_gone = side == "source" and situation.source == "FENCED"
     without = "source" if locks_are_gone else "" if side == situation.owner == "destination" else situation.owner
     assert hosts.owner() == without
@@ -197,11 +210,20 @@ def test_a_side_that_is_killed_goes_on(situation: Situation, side: str, hosts: H
     end(hosts, situation)
 
 
-@pytest.mark.parametrize("hosts", ["loopback", "two hosts"], indirect=True)
-@in_every_situation
+@everywhere(*LINKS)
 def test_a_link_that_is_cut_takes_the_disk_from_nobody(situation: Situation, hosts: Hosts) -> None:
     begin(hosts, situation)
     hosts.link.cut()
     hosts.let(*HOOKS)
     assert hosts.owner() == situation.owner
     end(hosts, situation)
+
+
+@pytest.mark.parametrize("hosts", ["loopback"], indirect=True)
+def test_a_destination_that_is_killed_when_all_is_done_serves_the_disk_as_before(hosts: Hosts) -> None:
+    released(hosts)
+    hosts.end_of_source()
+    hosts.kill("destination")
+    assert hosts.owner() == ""
+    hosts.start("destination")
+    hosts.end_at_destination()
