@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEVICE = "disk0"
-"""What the disk is called where QMP wants a device: there is one."""
+"""What a disk is called where QMP wants a device: there is one, unless somebody has more and names them."""
 
 DEFAULT_STEP_BYTES = 16 << 20
 """Of an increment: what the hydrator has in flight, so that a line is filled for most of the time; and less than a
@@ -70,9 +70,6 @@ class StepResult(NamedTuple):
 class DiskStream:
     """One overlay, being served and streamed. Use :meth:`start`."""
 
-    device = DEVICE
-    """What it is called where QMP wants a device."""
-
     def __init__(
         self,
         path: str,
@@ -80,9 +77,12 @@ class DiskStream:
         server: NbdServer | None,
         hydration: Hydration | None,
         listeners: Listeners,
-        guest_latency: float | None,
+        guest_latency: float | None = None,
+        device: str = DEVICE,
     ) -> None:
         self.path = path
+        self.device = device
+        """What it is called where QMP wants a device."""
         self.overlay = overlay
         self.listeners = listeners
         """Who is told of events."""
@@ -185,9 +185,12 @@ class DiskStream:
 
     # -- streaming ----------------------------------------------------------------------------------------------
 
-    def start_job(self, *, job_id: str = DEVICE, speed: int = 0) -> StreamJob:
-        """Begin to stream all of the disk, or what is left of it. Raises JobError if something streams it already."""
-        self.job = StreamJob(job_id, self._free_hydration(), speed=speed, governor=self._governor)
+    def start_job(self, *, job_id: str | None = None, speed: int = 0) -> StreamJob:
+        """Begin to stream all of the disk, or what is left of it; the job's id is the device unless it is given.
+
+        Raises JobError if something streams it already.
+        """
+        self.job = StreamJob(job_id or self.device, self._free_hydration(), speed=speed, governor=self._governor)
         self.job.start()
         return self.job
 

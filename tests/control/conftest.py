@@ -151,7 +151,7 @@ async def stream(
     """A disk of 40 clusters that nothing streams yet, under control."""
     monkeypatch.setattr(source_module, "_FIRST_PAUSE_SECONDS", 0.01)
     async with await DiskStream.start(server.uri, overlay, job=False) as stream:
-        DiskCommands(stream, control.emit).add_to(commands)
+        DiskCommands(control.emit, stream).add_to(commands)
         await control.begin(commands)
         yield stream
 
