@@ -45,7 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verb.add_argument("--device", help="the disk, where there are several (default: the first)")
         arguments.add_json(verb)
         if name == "speed":
-            verb.add_argument("speed", type=arguments.size, metavar="BYTES", help="per second; 0: no limit")
+            verb.add_argument("speed", nargs="?", type=arguments.size, metavar="BYTES", help="per second; 0: no limit")
+            verb.add_argument(
+                "--guest-latency",
+                type=_objective,
+                metavar="TIME",
+                help="so gently that 99%% of the guest's requests that need no source take less: 5ms, or none",
+            )
         elif name == "start":
             verb.add_argument(
                 "--speed", type=arguments.size, default=0, metavar="BYTES", help="per second (default: no limit)"
@@ -61,6 +67,8 @@ async def run(options: argparse.Namespace) -> int:
     """Connect, do what the verb says, and print what came of it."""
     from nbdstream.cli.monitor import connected  # noqa: PLC0415 - see there
 
+    if options.verb == "speed" and options.speed is None and options.guest_latency is None:
+        raise arguments.UsageError("say how fast: BYTES, --guest-latency TIME, or both")
     async with connected(options.control, debug=options.debug) as monitor:
         _, perform = _VERBS[options.verb]
         outcome = await perform(monitor, options)
@@ -102,11 +110,27 @@ async def _cancel(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
     return _Outcome(f"{job} is cancelled: the disk is served as before, and can be streamed again", {"id": job})
 
 
+def _objective(text: str) -> float:
+    """Return an objective in seconds, 0.0 for none."""
+    return 0.0 if text == "none" else arguments.duration(text)
+
+
 async def _speed(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
-    job = await monitor.job(options.device)
-    await monitor.execute("block-job-set-speed", device=job, speed=options.speed)
-    limit = f"at most {format_rate(options.speed)}" if options.speed else "no limit"
-    return _Outcome(f"{job} is streamed with {limit}", {"id": job, "speed": options.speed})
+    said: list[str] = []
+    result: dict[str, Any] = {}
+    if options.speed is not None:
+        result["id"] = job = await monitor.job(options.device)
+        await monitor.execute("block-job-set-speed", device=job, speed=options.speed)
+        result["speed"] = options.speed
+        limit = f"at most {format_rate(options.speed)}" if options.speed else "no limit"
+        said.append(f"{job} is streamed with {limit}")
+    if options.guest_latency is not None:
+        result["device"] = device = await monitor.device(options.device)
+        await monitor.execute("x-set-guest-latency", device=device, latency=options.guest_latency)
+        result["guest-latency"] = options.guest_latency
+        objective = f"{options.guest_latency * 1000:g} ms are left to" if options.guest_latency else "no objective for"
+        said.append(f"{objective} the guest's requests")
+    return _Outcome("\n".join(said), result)
 
 
 async def _step(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
@@ -152,7 +176,7 @@ _VERBS: dict[str, tuple[str, Callable[[Monitor, argparse.Namespace], Awaitable[_
     "pause": ("fetch nothing more in the background", _pause),
     "resume": ("go on after a pause", _resume),
     "cancel": ("end the job, and keep all that it has fetched", _cancel),
-    "speed": ("change how much is fetched at most", _speed),
+    "speed": ("change how much is fetched at most, or what is left to the guest", _speed),
     "step": ("stream one increment, and say where to go on", _step),
     "wait": ("wait until the overlay is independent", _wait),
 }

@@ -35,7 +35,7 @@ A = TypeVar("A", bound=Arguments)
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,254}")
 """As QEMU has it, and no longer than a line."""
 
-_NAMES: Final = {int: "integer", str: "string", bool: "boolean", list: "array"}
+_NAMES: Final = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array"}
 
 
 def parse_arguments(given: Mapping[str, Any], arguments: type[A]) -> A:

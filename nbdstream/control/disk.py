@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 MOST_COLUMNS: Final = 512
 """Parts of a map. It is counted on the loop, and takes a millisecond with so many; terminals are narrower."""
 
+_SHORTEST_LATENCY: Final = 1e-5
+_LONGEST_LATENCY: Final = 3600.0
+"""Seconds. Nobody keeps what is shorter, and nobody waits for what is longer."""
+
 _STATES: Final = {
     "pause": (JobStatus.RUNNING,),
     "resume": (JobStatus.PAUSED,),
@@ -90,6 +94,13 @@ class StepArguments(Arguments):
     length: Int = DEFAULT_STEP_BYTES
 
 
+class LatencyArguments(Arguments):
+    """Of x-set-guest-latency."""
+
+    device: str
+    latency: float
+
+
 class StatusArguments(Arguments):
     """Of query-status."""
 
@@ -126,6 +137,7 @@ class DiskCommands:
         commands.add("block-stream", StreamArguments, self._stream)
         commands.add("x-block-stream-step", StepArguments, self._step)
         commands.add("block-job-set-speed", SpeedArguments, self._set_speed)
+        commands.add("x-set-guest-latency", LatencyArguments, self._set_guest_latency)
         commands.add("block-job-cancel", CancelArguments, self._block_job_cancel)
         for verb in ("pause", "resume"):
             commands.add(f"block-job-{verb}", BlockJobArguments, partial(self._block_job, verb))
@@ -163,6 +175,7 @@ class DiskCommands:
             "since": seen.since,
             "full-since": seen.full_since,
             "source": seen.source,
+            "guest-latency": disk.guest_latency,
             "job": disk.job and _described(disk, disk.job),
         }
         return status | {name: value for name, value in optional.items() if value}
@@ -218,6 +231,15 @@ class DiskCommands:
         job = self._find_block_job(arguments.device)
         _expect(job, "set-speed")
         job.speed = _not_negative("speed", arguments.speed)
+        return {}
+
+    async def _set_guest_latency(self, arguments: LatencyArguments) -> object:
+        disk = self._find(arguments.device)
+        if not (arguments.latency == 0 or _SHORTEST_LATENCY <= arguments.latency <= _LONGEST_LATENCY):
+            raise QmpError(
+                f"Parameter 'latency' expects seconds from {_SHORTEST_LATENCY:g} to {_LONGEST_LATENCY:g}, or 0 for none"
+            )
+        disk.guest_latency = arguments.latency or None
         return {}
 
     async def _block_job(self, verb: str, arguments: BlockJobArguments) -> object:

@@ -97,7 +97,7 @@ class DiskStream:
         self._error = ""
         self._read_rate = RateMeter()
         self._write_rate = RateMeter()
-        self._governor = Governor(guest_latency) if guest_latency else None
+        self._governor = Governor(guest_latency)
         self._fetched = 0
         exports, waited = server.exports if server else [], hydration.fetches.waited if hydration else ()
         self._latency = GuestLatency(exports, waited.__contains__)
@@ -266,10 +266,24 @@ class DiskStream:
 
     # -- beside the guest ---------------------------------------------------------------------------------------
 
+    @property
+    def guest_latency(self) -> float | None:
+        """What 99 % of the guest's requests that need no source shall take at most, in seconds; None: no objective.
+
+        It may be set at any time, and holds for the job that runs and for later ones.
+        """
+        return self._governor.objective
+
+    @guest_latency.setter
+    def guest_latency(self, seconds: float | None) -> None:
+        self._governor.objective = seconds
+        if self.job:
+            self.job.look()
+
     def _looked(self, latency: Latency) -> None:
         """Have the job follow what the guest's requests took, while it runs."""
         before, self._fetched = self._fetched, self.progress.fetched
-        if self._governor and self.job and self.job.status is JobStatus.RUNNING:
+        if self.job and self.job.status is JobStatus.RUNNING:
             self._governor.look(latency.requests, latency.p99, (self._fetched - before) / LOOK_SECONDS)
 
     # -- telling ----------------------------------------------------------------------------------------------

@@ -35,9 +35,9 @@ _LEAST_DEPTH = 256 << 10
 class Governor:
     """Says how fast a job may be, so that a share of 99 % of the guest's requests take less than the objective."""
 
-    def __init__(self, objective: float) -> None:
-        """``objective`` is in seconds."""
-        self.objective = objective
+    def __init__(self, objective: float | None) -> None:
+        """``objective`` is in seconds; None for none: then the job is as fast as it can."""
+        self._objective = objective
         self.rate: float | None = None
         """Bytes a second; None for no limit."""
         self._fastest = float(FLOOR)
@@ -45,24 +45,38 @@ class Governor:
         self._p99 = 0.0
         self._complained = False
 
+    @property
+    def objective(self) -> float | None:
+        """Seconds, or None. It may be set at any time: the rate follows from where it is, or is free at once."""
+        return self._objective
+
+    @objective.setter
+    def objective(self, objective: float | None) -> None:
+        self._objective = objective
+        self._complained = False
+        if objective is None:
+            self.rate = None
+
     def look(self, requests: int, p99: float, rate: float) -> None:
         """Adjust, every half second: to how many requests there were, what they took, and how fast the job was."""
+        if self._objective is None:
+            return
         self._fastest = max(self._fastest, rate)
         self._looks += 1
         self._requests += requests
         self._p99 = max(self._p99, p99)
         if self._requests and self._requests < _ENOUGH_REQUESTS and self._looks < _PATIENCE:
             return
-        if self._requests and self._p99 > _TOO_SLOW * self.objective:
-            self._yield(self._p99, rate)
-        elif not self._requests or self._p99 < _FAST_ENOUGH * self.objective:
+        if self._requests and self._p99 > _TOO_SLOW * self._objective:
+            self._yield(self._p99, rate, self._objective)
+        elif not self._requests or self._p99 < _FAST_ENOUGH * self._objective:
             self._take()
         self._looks = self._requests = 0
         self._p99 = 0.0
 
-    def _yield(self, p99: float, rate: float) -> None:
+    def _yield(self, p99: float, rate: float, objective: float) -> None:
         at_floor = self.rate is not None and self.rate <= FLOOR
-        if at_floor and p99 > self.objective and not self._complained:
+        if at_floor and p99 > objective and not self._complained:
             self._complained = True
             log.warning(
                 "the guest's requests take %.1f ms (99th percentile) though the job goes no faster than it must",

@@ -98,7 +98,7 @@ class Hydrator:
         self._wake.set()
 
     def look(self) -> None:
-        """Look around now: the rate limit is another one."""
+        """Look around now: how fast it may be has changed."""
         self._wake.set()
 
     @property

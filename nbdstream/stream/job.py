@@ -58,6 +58,10 @@ class StreamJob:
         self._throttle.rate = speed or None
         self._hydrator.look()
 
+    def look(self) -> None:
+        """Look around now: its governor has another objective."""
+        self._hydrator.look()
+
     @property
     def finished(self) -> bool:
         """Whether it has come to an end, one way or the other."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from nbdstream.units import SizeError, parse_size
 from tests.bench import peers
 from tests.bench.guest import measure_guests, streamers
+from tests.bench.outage import measure_outages
 from tests.bench.process import BenchError
 from tests.bench.qed import measure_qed, qed_servers
 from tests.bench.reads import measure_reads
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from tests.bench.results import Section
 
 CHUNK = 16 << 20
-SECTIONS = ("reads", "tls", "stream", "wan", "qed", "guest")
+SECTIONS = ("reads", "tls", "stream", "wan", "qed", "guest", "outage")
 
 FAR_SECONDS = 0.025
 """A round trip between two cities of a continent."""
@@ -105,6 +106,11 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
     if arguments.section in ("guest", "all"):
         sections.append(measure_guests(
             source, peers.selected(guests, arguments.only),
+            rounds=arguments.rounds, scratch=scratch, sockets=sockets,
+        ))  # fmt: skip
+    if arguments.section in ("outage", "all"):
+        sections.append(measure_outages(
+            source, peers.selected(guests, arguments.only), arguments.ours,
             rounds=arguments.rounds, scratch=scratch, sockets=sockets,
         ))  # fmt: skip
     return sections

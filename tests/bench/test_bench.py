@@ -31,6 +31,7 @@ def test_quick_run_measures_everybody(tmp_path: Path) -> None:
     sections = json.loads((tmp_path / "bench.json").read_text())["sections"]
     far = {"nbdstream", "block-stream"}
     measured = {"reads": SERVERS, "tls": SERVERS, "stream": MOVERS, "wan": far, "qed": QED_SERVERS, "guest": far}
+    measured["outage"] = {"nbdstream"}
     for name, competitors in measured.items():
         assert sections[name]["problems"] == {}
         for workload in sections[name]["workloads"].values():

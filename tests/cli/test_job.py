@@ -80,6 +80,12 @@ def test_a_job_is_controlled_from_the_command_line(controlled: Controlled, pair:
     assert controlled.refusal("pause") == f"{controlled.path}: no job streams the disk"
     assert controlled.job("start", "--speed", "1") == "disk0 is being streamed"
     assert controlled.job("speed", "2M") == "disk0 is streamed with at most 2 MiB/s"
+    assert controlled.job("speed", "--guest-latency", "4ms") == "4 ms are left to the guest's requests"
+    assert controlled.json("status")["guest-latency"] == 0.004
+    assert controlled.json("speed", "2M", "--guest-latency", "none") == {
+        "id": "disk0", "speed": 2 << 20, "device": "disk0", "guest-latency": 0.0,
+    }  # fmt: skip
+    assert "guest-latency" not in controlled.json("status")
     assert controlled.job("pause") == "disk0 is paused"
     assert controlled.refusal("pause") == "Job is already paused"
     status = controlled.json("status")

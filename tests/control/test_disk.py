@@ -227,6 +227,17 @@ async def test_all_commands_and_events_in_one_session(
         ("job-pause", {"id": "x"}, "Job not found"),
         ("job-pause", {"device": "x"}, "Parameter 'id' is missing"),
         ("x-block-stream-step", {"device": "x"}, "Cannot find device='x' nor node-name='x'"),
+        ("x-set-guest-latency", {"device": "x", "latency": 1}, "Cannot find device='x' nor node-name='x'"),
+        (
+            "x-set-guest-latency",
+            {"device": DEVICE, "latency": "4ms"},
+            "Invalid parameter type for 'latency', expected: number",
+        ),
+        (
+            "x-set-guest-latency",
+            {"device": DEVICE, "latency": -0.1},
+            "Parameter 'latency' expects seconds from 1e-05 to 3600, or 0 for none",
+        ),
         ("x-query-map", {"columns": 0}, f"Parameter 'columns' expects a value from 1 to {MOST_COLUMNS}"),
         ("x-query-map", {"columns": MOST_COLUMNS + 1}, f"Parameter 'columns' expects a value from 1 to {MOST_COLUMNS}"),
         ("query-status", {"a": 1}, "Parameter 'a' is unexpected"),
@@ -267,6 +278,19 @@ async def test_a_verb_that_does_not_fit_is_refused(qmp: QMPClient) -> None:
     assert (await refusal(qmp, "block-job-pause", {"device": DEVICE}))[1] == "Job is already paused"
     text = "Parameter 'speed' expects a non-negative value"
     assert (await refusal(qmp, "block-job-set-speed", {"device": DEVICE, "speed": -1}))[1] == text
+
+
+async def test_the_objective_of_the_guests_latency_is_changed_while_a_job_runs(
+    qmp: QMPClient, heard: Heard, stream: DiskStream
+) -> None:
+    await execute(qmp, "block-stream", device=DEVICE, speed=1)
+    assert "guest-latency" not in await execute(qmp, "query-status")
+    await execute(qmp, "x-set-guest-latency", device=DEVICE, latency=0.004)
+    assert (await execute(qmp, "query-status"))["guest-latency"] == stream.guest_latency == 0.004
+    await execute(qmp, "x-set-guest-latency", device=DEVICE, latency=0)
+    assert stream.guest_latency is None
+    await execute(qmp, "block-job-set-speed", device=DEVICE, speed=0)
+    await heard.names_until("null")
 
 
 async def test_there_is_one_job(qmp: QMPClient) -> None:

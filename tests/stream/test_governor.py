@@ -86,6 +86,17 @@ def test_a_few_requests_are_gathered_before_they_are_judged() -> None:
     assert governor.rate is not None
 
 
+def test_its_objective_is_changed_while_it_works() -> None:
+    governor = Governor(None)
+    governor.look(1000, 0.02, 100 * MIB)
+    assert governor.rate is governor.depth is None
+    governor.objective = OBJECTIVE
+    governor.look(1000, 0.02, 100 * MIB)
+    assert governor.rate == pytest.approx(70 * MIB)
+    governor.objective = None
+    assert governor.rate is governor.depth is None
+
+
 def test_its_depth_follows_its_rate() -> None:
     governor = Governor(OBJECTIVE)
     assert governor.depth is None
