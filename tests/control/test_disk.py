@@ -196,6 +196,7 @@ async def test_all_commands_and_events_in_one_session(
     await heard.until("X_SOURCE_LOST")
     await server.start()
     await heard.until("X_SOURCE_BACK")
+    await perform("x-set-guest-latency", device=DEVICE, latency=0.005)
     await perform("block-job-set-speed", device=DEVICE, speed=0)
     await heard.names_until("null")
     await perform("quit")
