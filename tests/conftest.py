@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from tests.support.records import forget_records
+
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
 
 SESSION_SEED = int(os.environ.get("NBDSTREAM_SEED") or random.SystemRandom().randrange(1 << 32))
 NO_SKIP = os.environ.get("NBDSTREAM_NO_SKIP") == "1"
@@ -42,6 +44,15 @@ def seed(request: pytest.FixtureRequest) -> int:
     value = zlib.crc32(f"{SESSION_SEED} {request.node.nodeid}".encode())
     print(f"seed of this test: {value} (session seed {SESSION_SEED})")
     return value
+
+
+@pytest.fixture(autouse=True)
+def no_records_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Remove what owners that were killed left in memory of the images in this test's directory."""
+    directory = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    if directory:
+        forget_records(directory)
 
 
 @pytest.hookimpl(tryfirst=True)

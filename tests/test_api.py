@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from nbdstream.errors import JobError, NbdstreamError
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
 from tests.support import qed
+from tests.support.client import NbdClient
 from tests.support.memory import MemoryDevice
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CONTENT = bytes(range(256)) * 4096
+CLUSTER = 65536
 
 
 @pytest.fixture
@@ -77,6 +80,29 @@ async def test_a_disk_is_served_while_it_is_streamed(source: str, tmp_path: Path
         await disk.wait()
         assert b"".join(await guest.read(0, len(CONTENT))) == CONTENT
         await guest.close()
+
+
+async def test_steps_are_taken_before_a_guest_comes_beside_it_and_when_it_has_gone(
+    source: str, tmp_path: Path, directory: str
+) -> None:
+    path, model = str(tmp_path / "overlay.qed"), bytearray(CONTENT)
+    async with await nbdstream.open_disk(source, path, socket=f"{directory}/guest") as disk:
+        offset = await nbdstream.stream_disk(disk, 0, 4 * CLUSTER)
+        assert nbdstream.stream_disk_info(disk).position == offset == 4 * CLUSTER
+        with await asyncio.to_thread(NbdClient, f"{directory}/guest") as guest:
+            for cluster in (1, 6, 12):  # what is local, what the next step streams, what a later one does
+                place = cluster * CLUSTER + 1000
+                await asyncio.to_thread(guest.write, place, b"guest")
+                model[place : place + 5] = b"guest"
+            offset = await nbdstream.stream_disk(disk, offset, 4 * CLUSTER)
+            assert offset == 8 * CLUSTER
+            assert nbdstream.stream_disk_info(disk).position >= 9 * CLUSTER, "what was written in part is local, too"
+            assert await asyncio.to_thread(guest.read, 5 * CLUSTER, 4 * CLUSTER) == model[5 * CLUSTER : 9 * CLUSTER]
+        while offset < disk.size:
+            offset = await nbdstream.stream_disk(disk, offset, 4 * CLUSTER)
+        assert nbdstream.stream_disk_info(disk).independent
+    assert qed.content(path) == model
+    assert qed.qemu_check(path).status == 0
 
 
 async def test_one_stream_at_a_time(source: str, tmp_path: Path) -> None:

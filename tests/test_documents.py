@@ -13,6 +13,7 @@ from nbdstream.wire import nbd
 
 TESTS = Path(__file__).parent
 DOCUMENTS = sorted((TESTS.parent / "docs").glob("*.md"))
+STREAMING = (TESTS.parent / "docs/streaming.md").read_text()
 PROTOCOL = (TESTS.parent / "docs/protocol.md").read_text()
 
 _REFERENCE = re.compile(r"`([a-z0-9_/]+)::(test_[a-z0-9_]+)`")
@@ -46,6 +47,14 @@ def functions(path: Path) -> set[str]:
 def test_every_test_that_is_named_exists(document: Path) -> None:
     for file, name in _REFERENCE.findall(document.read_text()):
         assert name in functions(TESTS / f"{file}.py"), f"{file}::{name}"
+
+
+def test_each_of_the_eight_questions_is_answered_with_a_test() -> None:
+    rows = [line for line in STREAMING.splitlines() if line.startswith("| ") and line.count(" | ") == 2]
+    questions = [row for row in rows if "?" in row.partition(" | ")[0]]
+    assert len(questions) == 8
+    for row in questions:
+        assert _REFERENCE.search(row.rpartition(" | ")[2]), f"no test: {row}"
 
 
 def test_everything_in_the_protocol_has_a_row_with_a_test() -> None:

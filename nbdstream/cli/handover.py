@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from nbdstream.cli import FAILED, arguments
+from nbdstream.cli.picture import describe_handover
 from nbdstream.cli.states import control_path
-from nbdstream.errors import ControlError
+from nbdstream.errors import ControlError, ControlLostError
 from nbdstream.handover.journal import read_journal
 from nbdstream.handover.manifest import read_manifest
 from nbdstream.handover.status import advice
-from nbdstream.units import format_size
 from nbdstream.wire.handover.vocabulary import SourceRecord
 
 if TYPE_CHECKING:
@@ -70,15 +70,21 @@ async def run(options: argparse.Namespace) -> int:
     path = control_path(options.state)
     if not await asyncio.to_thread(os.path.exists, path):
         return _show_journal(options)
+    said = options.verb == "status"
     try:
         async with connected(path, debug=options.debug) as monitor:
             code = 0
-            if options.verb != "status":
+            if not said:
                 await monitor.execute(f"x-handover-{options.verb}", **_given(options))
+                said = True
             if options.verb == "fence":
                 code = await _wait(monitor)
             _show(await monitor.execute("x-handover-status"), options)
             return code
+    except ControlLostError:
+        if not said:
+            raise
+        return _show_journal(options, said=True)  # the process has come to its end meanwhile
     except ControlError as error:
         if "refused" in str(error):  # the socket of a process that was killed
             return _show_journal(options)
@@ -102,23 +108,36 @@ async def _wait(monitor: Monitor) -> int:
     granted = 0.0
     while True:
         state = (await monitor.execute("x-handover-status"))["state"]
-        if state in ("ACCEPTED", "RELEASING", "RELEASED"):
-            return 0
-        if state in ("OFFERED", "PREPARED", "DECLINED"):
-            return FAILED
-        if state in ("GRANTED", "IN-DOUBT"):
+        code = _come_to(state)
+        if code == _IN_DOUBT:
             granted = granted or time.monotonic()
-            if time.monotonic() - granted > _PATIENCE_SECONDS:
-                return _IN_DOUBT
+            if time.monotonic() - granted < _PATIENCE_SECONDS:
+                code = None
+        if code is not None:
+            return code
         await asyncio.sleep(0.02)
 
 
-def _show_journal(options: argparse.Namespace) -> int:
-    """Show what the journal of a side says that does not run; nothing else can be done with one."""
+def _come_to(state: str) -> int | None:
+    """Return the exit code of ``fence`` where the source stands now; None if it cannot stay there."""
+    if state in ("ACCEPTED", "RELEASING", "RELEASED"):
+        return 0
+    if state in ("OFFERED", "PREPARED", "DECLINED"):
+        return FAILED
+    return _IN_DOUBT if state in ("GRANTED", "IN-DOUBT") else None
+
+
+def _show_journal(options: argparse.Namespace, *, said: bool = False) -> int:
+    """Show what the journal of a side says that does not run; nothing else can be done with one.
+
+    ``said`` is whether the verb had been done when it ended.
+    """
     contents = read_journal(options.state)
     source = isinstance(contents.record, SourceRecord)
     state = contents.record.phase.upper()
     command = "offer" if source else "receive"
+    over = state == "DECLINED" or (source and state == "RELEASED")
+    again = " any more" if over else ": start it again with the same command line"
     status: dict[str, Any] = {
         "role": "source" if source else "destination",
         "running": False,
@@ -126,8 +145,7 @@ def _show_journal(options: argparse.Namespace) -> int:
         "epoch": contents.record.epoch,
         "since": contents.entries[-1].time,
         "connected": False,
-        "advice": f"'nbdstream {command}' does not run: start it again with the same command line. "
-        + advice(state, source=source),
+        "advice": f"'nbdstream {command}' does not run{again}. {advice(state, source=source)}",
         "problem": "",
         "alarms": [],
         "remote": None,
@@ -135,23 +153,17 @@ def _show_journal(options: argparse.Namespace) -> int:
         "timing": [],
     }
     _show(status, options)
-    return 0 if options.verb == "status" else FAILED
+    if said and options.verb == "fence":
+        code = _come_to(state)
+        return FAILED if code is None else code
+    return 0 if said or options.verb == "status" else FAILED
 
 
 def _show(status: dict[str, Any], options: argparse.Namespace) -> None:
     if options.json:
         sys.stdout.write(json.dumps(status) + "\n")
         return
-    connected = "connected" if status["connected"] else "not connected"
-    lines = [f"{status['role']}: {status['state']}, epoch {status['epoch']}, {connected}", status["advice"]]
-    if status["remote"]:
-        lines.append(f"only at the source: {status['remote']} bytes ({format_size(status['remote'])})")
-    for disk in status["disks"]:
-        guard = "; a block device: nothing but its locks keeps others from it" if disk.get("unguarded") else ""
-        lines.append(f"disk {disk['uuid']}, {disk['size']} bytes: {disk['path']}{guard}")
-    if status["problem"]:
-        lines.append(f"problem: {status['problem']}")
-    lines += [f"ALARM: {alarm}" for alarm in status["alarms"]]
+    lines = describe_handover(status)
     if options.verb == "fence" and status["timing"]:
         parts = ", ".join(f"{part['what']} {part['seconds'] * 1000:.1f}" for part in status["timing"])
         lines.append(f"took, in milliseconds: {parts}")

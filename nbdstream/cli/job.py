@@ -1,4 +1,4 @@
-"""Control the job that streams a disk, by the control socket of 'nbdstream stream --control PATH'.
+"""Control the job that streams a disk, by the control socket of 'nbdstream stream' or 'nbdstream receive' (--control).
 
 exit codes:
   0  done; of step and wait: the overlay is independent
@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nbdstream.cli import FAILED, arguments
-from nbdstream.cli.picture import describe
+from nbdstream.cli.picture import describe, describe_handover, streamed
 from nbdstream.errors import ControlLostError
 from nbdstream.units import format_rate, format_size
 
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (help_text, _) in _VERBS.items():
         verb = verbs.add_parser(name, help=help_text, description=help_text.capitalize() + ".", allow_abbrev=False)
         verb.add_argument("--control", required=True, metavar="PATH", help="the streamer's control socket")
+        verb.add_argument("--device", help="the disk, where there are several (default: the first)")
         arguments.add_json(verb)
         if name == "speed":
             verb.add_argument("speed", nargs="?", type=arguments.size, metavar="BYTES", help="per second; 0: no limit")
@@ -75,31 +76,36 @@ async def run(options: argparse.Namespace) -> int:
     return outcome.code
 
 
-async def _status(monitor: Monitor, _options: argparse.Namespace) -> _Outcome:
-    status = await monitor.execute("query-status")
-    return _Outcome("\n".join(describe(status)), status)
+async def _status(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
+    handover = await monitor.handover()
+    devices = [options.device] if handover is None or options.device else streamed(handover)
+    found = [await monitor.execute("query-status", **({"device": device} if device else {})) for device in devices]
+    if handover is None:
+        return _Outcome("\n".join(describe(found[0])), found[0])
+    lines = [*describe_handover(handover), *(line for status in found for line in ("", *describe(status)))]
+    return _Outcome("\n".join(lines), {"handover": handover, "disks": found})
 
 
 async def _start(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
-    device = await _device(monitor)
+    device = await monitor.device(options.device)
     await monitor.execute("block-stream", device=device, speed=options.speed)
     return _Outcome(f"{device} is being streamed", {"id": device})
 
 
-async def _pause(monitor: Monitor, _options: argparse.Namespace) -> _Outcome:
-    job = await monitor.job()
+async def _pause(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
+    job = await monitor.job(options.device)
     await monitor.execute("job-pause", id=job)
     return _Outcome(f"{job} is paused", {"id": job})
 
 
-async def _resume(monitor: Monitor, _options: argparse.Namespace) -> _Outcome:
-    job = await monitor.job()
+async def _resume(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
+    job = await monitor.job(options.device)
     await monitor.execute("job-resume", id=job)
     return _Outcome(f"{job} goes on", {"id": job})
 
 
-async def _cancel(monitor: Monitor, _options: argparse.Namespace) -> _Outcome:
-    job = await monitor.job()
+async def _cancel(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
+    job = await monitor.job(options.device)
     await monitor.execute("job-cancel", id=job)
     return _Outcome(f"{job} is cancelled: the disk is served as before, and can be streamed again", {"id": job})
 
@@ -113,13 +119,13 @@ async def _speed(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
     said: list[str] = []
     result: dict[str, Any] = {}
     if options.speed is not None:
-        result["id"] = job = await monitor.job()
+        result["id"] = job = await monitor.job(options.device)
         await monitor.execute("block-job-set-speed", device=job, speed=options.speed)
         result["speed"] = options.speed
         limit = f"at most {format_rate(options.speed)}" if options.speed else "no limit"
         said.append(f"{job} is streamed with {limit}")
     if options.guest_latency is not None:
-        result["device"] = device = await _device(monitor)
+        result["device"] = device = await monitor.device(options.device)
         await monitor.execute("x-set-guest-latency", device=device, latency=options.guest_latency)
         result["guest-latency"] = options.guest_latency
         objective = f"{options.guest_latency * 1000:g} ms are left to" if options.guest_latency else "no objective for"
@@ -130,22 +136,26 @@ async def _speed(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
 async def _step(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
     given = {"offset": options.offset, "length": options.length}
     chosen = {name: value for name, value in given.items() if value is not None}
-    done = await monitor.execute("x-block-stream-step", device=await _device(monitor), **chosen)
+    done = await monitor.execute("x-block-stream-step", device=await monitor.device(options.device), **chosen)
     if done["finished"]:
         return _Outcome("the overlay is independent", done)
     offset = done["offset"]
     return _Outcome(f"go on at offset {offset} ({format_size(offset)})", done, _NOT_INDEPENDENT)
 
 
-async def _wait(monitor: Monitor, _options: argparse.Namespace) -> _Outcome:
+async def _wait(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
     try:
-        status = await monitor.execute("query-status")
+        device = await monitor.device(options.device)
+        status = await monitor.execute("query-status", device=device)
         if status["status"] == "independent":
             return _independent()
         if "job" not in status:
             return _Outcome("no job streams the disk", {"outcome": "no job"}, _NOT_INDEPENDENT)
+        ours = (device, status["job"]["device"])
         while True:
             match await monitor.next_event():
+                case _, {"device": other} if other not in ours:
+                    continue
                 case "X_DISK_INDEPENDENT", _:
                     return _independent()
                 case "BLOCK_JOB_COMPLETED", {"error": error}:
@@ -158,10 +168,6 @@ async def _wait(monitor: Monitor, _options: argparse.Namespace) -> _Outcome:
 
 def _independent() -> _Outcome:
     return _Outcome("the overlay is independent", {"outcome": "independent"})
-
-
-async def _device(monitor: Monitor) -> str:
-    return str((await monitor.execute("query-status"))["device"])
 
 
 _VERBS: dict[str, tuple[str, Callable[[Monitor, argparse.Namespace], Awaitable[_Outcome]]]] = {

@@ -31,6 +31,8 @@ class Monitor:
         self._path = path
         self._client = client
         self._heard = heard
+        self._of_handover: bool | None = None
+        """Whether it is the socket of one side of a hand-over; None if it has not been asked."""
 
     async def execute(self, command: str, **arguments: object) -> Any:
         """Run a command. Raises ControlLostError, or ControlError with what it is refused with."""
@@ -44,12 +46,27 @@ class Monitor:
         except QMPError as error:
             raise ControlLostError(f"{self._path}: nobody answers any more") from error
 
-    async def job(self) -> str:
-        """Return the id of the job. Raises ControlError if there is none."""
-        jobs = await self.execute("query-block-jobs")
-        if not jobs:
+    async def handover(self) -> dict[str, Any] | None:
+        """Return where a side of a hand-over stands; None if this is the control socket of something else."""
+        if self._of_handover is None:
+            known = await self.execute("query-commands")
+            self._of_handover = {"name": "x-handover-status"} in known
+        return dict(await self.execute("x-handover-status")) if self._of_handover else None
+
+    async def device(self, wanted: str | None) -> str:
+        """Return the device of a disk that is streamed, the first one unless one is wanted. Raises ControlError."""
+        chosen = {"device": wanted} if wanted else {}
+        return str((await self.execute("query-status", **chosen))["device"])
+
+    async def job(self, wanted: str | None) -> str:
+        """Return the id of the first job, or that of a disk that is wanted. Raises ControlError if there is none."""
+        if wanted:
+            job = (await self.execute("query-status", device=wanted)).get("job")
+        else:
+            job = next(iter(await self.execute("query-block-jobs")), None)
+        if not job:
             raise ControlError(f"{self._path}: no job streams the disk")
-        return str(jobs[0]["device"])
+        return str(job["device"])
 
     async def next_event(self) -> tuple[str, dict[str, Any]]:
         """Wait for the next event since the connection was made; return its name and data. Raises ControlLostError."""

@@ -1,8 +1,8 @@
 """Hand the disks of a running machine over to another host.
 
 The first line on standard output is the offer, for 'nbdstream receive' on the other host: whoever has it may become
-the destination, once. The guest runs on here until 'nbdstream handover fence --state DIR' (or x-handover-fence on the
-control socket). The same command again goes on from where the state directory says that it was.
+the destination, once. It is in DIR/offer, too. The guest runs on here until 'nbdstream handover fence --state DIR' (or
+x-handover-fence on the control socket). The same command again goes on from where the state directory says that it was.
 
 Without TLS the destination must be on this host. The destination needs two ports: that of --listen, and --nbd-port.
 
@@ -117,6 +117,7 @@ async def run(options: argparse.Namespace) -> int:
         stack.push_async_callback(driver.close)
         await control_sockets(stack, driver, options, stop)
         await driver.listen()
+        await asyncio.to_thread(journal.keep_offer, str(driver.offer))
         sys.stdout.write(f"{driver.offer}\n")
         sys.stdout.flush()
         notify.ready(f"offering {', '.join(options.images)}")

@@ -1,4 +1,4 @@
-"""A disk that is streamed, as text: the lines of ``job status``, and the frames of ``top``."""
+"""Disks that are streamed, and handed over, as text: the lines of ``job status``, and the frames of ``top``."""
 
 from __future__ import annotations
 
@@ -54,9 +54,10 @@ class Style(NamedTuple):
         return text + "\033[0m" if self.colour and cells else text
 
 
-def columns_for(width: int) -> int:
-    """Return into how many parts a map is to be divided that is ``width`` cells wide."""
-    return width * max(1, min(_MOST_ROWS, MOST_CELLS // width)) if width < MOST_CELLS else MOST_CELLS
+def columns_for(width: int, disks: int = 1) -> int:
+    """Return into how many parts a disk's map is to be divided that is ``width`` cells wide."""
+    rows = min(_MOST_ROWS // max(1, disks), MOST_CELLS // width)
+    return width * max(1, rows) if width < MOST_CELLS else MOST_CELLS
 
 
 def frame(status: dict[str, Any], columns: Sequence[dict[str, int]], width: int, style: Style) -> list[str]:
@@ -80,6 +81,25 @@ def _cell(amounts: dict[str, int]) -> Cell:
     if amounts["written"]:
         return _WRITTEN
     return _LOCAL if amounts["local"] else _ZERO
+
+
+def streamed(handover: dict[str, Any]) -> list[str]:
+    """Return the devices of the disks that are streamed at this side of a hand-over."""
+    return [disk["device"] for disk in handover["disks"] if "device" in disk]
+
+
+def describe_handover(status: dict[str, Any]) -> list[str]:
+    """Return what x-handover-status tells, in lines for people."""
+    connected = "connected" if status["connected"] else "not connected"
+    lines = [f"{status['role']}: {status['state']}, epoch {status['epoch']}, {connected}", status["advice"]]
+    if status["remote"]:
+        lines.append(f"only at the source: {status['remote']} bytes ({format_size(status['remote'])})")
+    for disk in status["disks"]:
+        guard = "; a block device: nothing but its locks keeps others from it" if disk.get("unguarded") else ""
+        lines.append(f"disk {disk['uuid']}, {disk['size']} bytes: {_printable(disk['path'])}{guard}")
+    if status["problem"]:
+        lines.append(f"problem: {_printable(status['problem'])}")
+    return lines + [f"ALARM: {_printable(alarm)}" for alarm in status["alarms"]]
 
 
 def describe(status: dict[str, Any]) -> list[str]:

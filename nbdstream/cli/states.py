@@ -6,15 +6,16 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from nbdstream.control.commands import Commands
+from nbdstream.control.disk import DiskCommands
 from nbdstream.control.handover import HandoverCommands
 from nbdstream.control.server import ControlServer
+from nbdstream.handover.destination import DestinationDriver
 
 if TYPE_CHECKING:
     import argparse
     import asyncio
     from contextlib import AsyncExitStack
 
-    from nbdstream.handover.destination import DestinationDriver
     from nbdstream.handover.source import SourceDriver
 
 
@@ -39,5 +40,9 @@ async def control_sockets(
 
     commands = Commands(stop.set)
     HandoverCommands(driver, emit).add_to(commands)
+    if isinstance(driver, DestinationDriver):
+        disks = DiskCommands(emit)
+        disks.add_to(commands)
+        driver.streaming.append(disks.add)
     for server in servers:
         await server.begin(commands)

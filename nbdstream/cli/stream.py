@@ -138,7 +138,7 @@ async def run(options: argparse.Namespace) -> int:
         await stack.enter_async_context(disk)
         if control:
             commands = Commands(stop.set)
-            DiskCommands(disk, control.emit).add_to(commands)
+            DiskCommands(control.emit, disk).add_to(commands)
             await control.begin(commands)
         for uri in disk.uris:
             log.info("serving %s at %s", options.overlay, uri)

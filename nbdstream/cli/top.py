@@ -1,4 +1,4 @@
-"""Watch a disk being streamed, by the control socket of 'nbdstream stream --control PATH'.
+"""Watch disks being streamed, by the control socket of 'nbdstream stream', 'receive' or 'offer' (--control PATH).
 
 On a terminal this is a live picture: a map of the disk, rates, the guest's latency and the time that is left. It ends
 on q, on Ctrl-C, and when the streamer goes. Elsewhere, or with --once, it is one picture in plain text."""
@@ -11,12 +11,13 @@ import os
 import shutil
 import sys
 import termios
+import textwrap
 import tty
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nbdstream.cli import arguments
-from nbdstream.cli.picture import MOST_CELLS, Style, columns_for, frame
+from nbdstream.cli.picture import MOST_CELLS, Style, columns_for, describe_handover, frame, streamed
 from nbdstream.cli.running import stop_signals
 from nbdstream.errors import ControlLostError
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nbdstream.cli.monitor import Monitor
+
+_Seen: TypeAlias = tuple[dict[str, Any], list[dict[str, int]]]
+"""Of a disk: query-status, and the columns of its map."""
 
 _ENTER = "\033[?1049h\033[?25l"  # the alternate screen, without a cursor
 _LEAVE = "\033[?25h\033[?1049l"
@@ -57,13 +61,14 @@ async def run(options: argparse.Namespace) -> int:
 
 
 async def _print_json(monitor: Monitor, options: argparse.Namespace) -> None:
-    """Print query-status and the map, on a line at a time."""
+    """Print query-status and the map, on a line at a time; of a hand-over, these of each disk, and where it stands."""
     with stop_signals() as stop:
         try:
             while not stop.is_set():
-                status = await monitor.execute("query-status")
-                found = await monitor.execute("x-query-map", columns=MOST_CELLS)
-                sys.stdout.write(json.dumps(status | {"map": found["columns"]}) + "\n")
+                handover, disks = await _ask(monitor, MOST_CELLS)
+                found = [status | {"map": columns} for status, columns in disks]
+                line = found[0] if handover is None else {"handover": handover, "disks": found}
+                sys.stdout.write(json.dumps(line) + "\n")
                 sys.stdout.flush()
                 if options.once:
                     break
@@ -71,6 +76,21 @@ async def _print_json(monitor: Monitor, options: argparse.Namespace) -> None:
         except ControlLostError:
             if options.once:
                 raise
+
+
+async def _ask(monitor: Monitor, width: int) -> tuple[dict[str, Any] | None, list[_Seen]]:
+    """Return where a hand-over stands, if there is one, and what there is to see of the disks that are streamed."""
+    handover = await monitor.handover()
+    if handover is None:
+        return None, [await _ask_disk(monitor, columns_for(width))]
+    devices = streamed(handover)
+    columns = columns_for(width, len(devices))
+    return handover, [await _ask_disk(monitor, columns, device=device) for device in devices]
+
+
+async def _ask_disk(monitor: Monitor, columns: int, **chosen: str) -> _Seen:
+    found = await monitor.execute("x-query-map", columns=columns, **chosen)
+    return await monitor.execute("query-status", **chosen), found["columns"]
 
 
 async def _show(monitor: Monitor, interval: float) -> None:
@@ -93,10 +113,13 @@ async def _show(monitor: Monitor, interval: float) -> None:
 
 async def _look(monitor: Monitor, *, colour: bool) -> list[str]:
     width = shutil.get_terminal_size().columns
-    found = await monitor.execute("x-query-map", columns=columns_for(width))
-    status = await monitor.execute("query-status")
-    unicode = sys.stdout.encoding.lower().startswith("utf")
-    return frame(status, found["columns"], width, Style(colour, unicode))
+    style = Style(colour, sys.stdout.encoding.lower().startswith("utf"))
+    handover, disks = await _ask(monitor, width)
+    frames = [frame(status, columns, width, style) for status, columns in disks]
+    if handover is None:
+        return frames[0]
+    said = [part for line in describe_handover(handover) for part in textwrap.wrap(line, width)]
+    return [*said, *(line for each in frames for line in ("", *each))]
 
 
 async def _pause(stop: asyncio.Event, seconds: float) -> None:

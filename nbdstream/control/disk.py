@@ -1,4 +1,4 @@
-"""The commands of a disk that is streamed: its job in QAPI's terms, steps, and what there is to see of it."""
+"""The commands of disks that are streamed: their jobs in QAPI's terms, steps, and what there is to see of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from nbdstream.control.arguments import Arguments, Int, check_id
 from nbdstream.control.events import X_DISK_INDEPENDENT, described
-from nbdstream.stream.disk import DEFAULT_STEP_BYTES, DEVICE
+from nbdstream.stream.disk import DEFAULT_STEP_BYTES
 from nbdstream.stream.events import JobStatus
 from nbdstream.stream.snapshot import DiskState
 from nbdstream.wire.qmp import ErrorClass, QmpError
@@ -82,7 +82,7 @@ class StreamArguments(Arguments):
     }
 
     device: str
-    job_id: str = DEVICE
+    job_id: str | UnsetType = UNSET
     speed: Int = 0
 
 
@@ -101,24 +101,36 @@ class LatencyArguments(Arguments):
     latency: float
 
 
-class MapArguments(Arguments):
+class StatusArguments(Arguments):
+    """Of query-status."""
+
+    device: str | UnsetType = UNSET
+
+
+class MapArguments(StatusArguments):
     """Of x-query-map."""
 
     columns: Int = 64
 
 
 class DiskCommands:
-    """The commands of one disk, and its events."""
+    """The commands of disks, and their events. Where no device is named, the first one is meant."""
 
-    def __init__(self, disk: DiskStream, emit: Callable[[str, dict[str, Any]], None]) -> None:
+    def __init__(self, emit: Callable[[str, dict[str, Any]], None], *disks: DiskStream) -> None:
         """``emit`` is told of events, by name and with their data."""
-        self._disk = disk
         self._emit = emit
-        disk.listeners.append(self._happened)
+        self._disks: dict[str, DiskStream] = {}
+        for disk in disks:
+            self.add(disk)
+
+    def add(self, disk: DiskStream) -> None:
+        """Have one more disk, whose device no other has."""
+        self._disks[disk.device] = disk
+        disk.listeners.append(partial(self._happened, disk.device))
 
     def add_to(self, commands: Commands) -> None:
         """Have them."""
-        commands.add("query-status", Arguments, self._status)
+        commands.add("query-status", StatusArguments, self._status)
         commands.add("x-query-map", MapArguments, self._map)
         commands.add("query-jobs", Arguments, self._jobs)
         commands.add("query-block-jobs", Arguments, self._block_jobs)
@@ -132,14 +144,15 @@ class DiskCommands:
         for verb in ("pause", "resume", "cancel", "complete", "finalize", "dismiss"):
             commands.add(f"job-{verb}", JobArguments, partial(self._job, verb))
 
-    def _happened(self, event: Event) -> None:
-        for name, data in described(event, self._disk.device):
+    def _happened(self, device: str, event: Event) -> None:
+        for name, data in described(event, device):
             self._emit(name, data)
 
     # -- to see ---------------------------------------------------------------------------------------------------
 
-    async def _status(self, _arguments: Arguments) -> object:
-        seen, progress = self._disk.snapshot(), self._disk.progress
+    async def _status(self, arguments: StatusArguments) -> object:
+        disk = self._find(arguments.device)
+        seen, progress = disk.snapshot(), disk.progress
         status: dict[str, Any] = {
             "running": True,  # QEMU's word for a guest that is served
             "status": seen.state.value,
@@ -162,18 +175,16 @@ class DiskCommands:
             "since": seen.since,
             "full-since": seen.full_since,
             "source": seen.source,
-            "guest-latency": self._disk.guest_latency,
-            "job": self._disk.job and self._described(self._disk.job),
+            "guest-latency": disk.guest_latency,
+            "job": disk.job and _described(disk, disk.job),
         }
         return status | {name: value for name, value in optional.items() if value}
 
     async def _map(self, arguments: MapArguments) -> object:
         if not 1 <= arguments.columns <= MOST_COLUMNS:
             raise QmpError(f"Parameter 'columns' expects a value from 1 to {MOST_COLUMNS}")
-        return {
-            "length": self._disk.progress.length,
-            "columns": [_amounts(part) for part in self._disk.map(arguments.columns)],
-        }
+        disk = self._find(arguments.device)
+        return {"length": disk.size, "columns": [_amounts(part) for part in disk.map(arguments.columns)]}
 
     async def _jobs(self, _arguments: Arguments) -> object:
         return [
@@ -184,52 +195,36 @@ class DiskCommands:
                 "current-progress": job.progress.position,
                 "total-progress": job.progress.length,
             }
-            for job in self._all()
+            for _, job in self._jobs_of_all()
         ]
 
     async def _block_jobs(self, _arguments: Arguments) -> object:
-        return [self._described(job) for job in self._all()]
+        return [_described(disk, job) for disk, job in self._jobs_of_all()]
 
-    def _described(self, job: StreamJob) -> dict[str, Any]:
-        """Return QAPI's BlockJobInfo."""
-        seen = self._disk.snapshot()
-        io_status = "failed" if seen.state is DiskState.DEGRADED else "nospace" if seen.full_since else "ok"
-        return {
-            "type": "stream",
-            "device": job.id,
-            "len": job.progress.length,
-            "offset": job.progress.position,
-            "speed": job.speed,
-            "status": job.status.value,
-            "busy": job.status is JobStatus.RUNNING,
-            "paused": job.status is JobStatus.PAUSED,
-            "ready": False,
-            "io-status": io_status,
-            "auto-finalize": True,
-            "auto-dismiss": True,
-        }
-
-    def _all(self) -> list[StreamJob]:
-        return [self._disk.job] if self._disk.job else []
+    def _jobs_of_all(self) -> list[tuple[DiskStream, StreamJob]]:
+        return [(disk, disk.job) for disk in self._disks.values() if disk.job]
 
     # -- to do ----------------------------------------------------------------------------------------------------
 
     async def _stream(self, arguments: StreamArguments) -> object:
-        self._check_device(arguments.device)
-        check_id(arguments.job_id, f"Invalid job ID '{arguments.job_id}'")
-        self._disk.start_job(job_id=arguments.job_id, speed=_not_negative("speed", arguments.speed))
+        disk = self._find(arguments.device)
+        job_id = disk.device if arguments.job_id is UNSET else arguments.job_id
+        check_id(job_id, f"Invalid job ID '{job_id}'")
+        if any(other is not disk and job.id == job_id for other, job in self._jobs_of_all()):
+            raise QmpError(f"Job ID '{job_id}' already in use")
+        disk.start_job(job_id=job_id, speed=_not_negative("speed", arguments.speed))
         return {}
 
     async def _step(self, arguments: StepArguments) -> object:
-        self._check_device(arguments.device)
-        was_independent = self._disk.independent
-        offset = self._disk.next_remote(0) if arguments.offset is UNSET else arguments.offset
+        disk = self._find(arguments.device)
+        was_independent = disk.independent
+        offset = disk.next_remote(0) if arguments.offset is UNSET else arguments.offset
         try:
-            done = await self._disk.step(offset, arguments.length)
+            done = await disk.step(offset, arguments.length)
         except ValueError as error:
             raise QmpError(str(error)) from error
         if done.finished and not was_independent:
-            self._emit(X_DISK_INDEPENDENT, {"device": self._disk.device})
+            self._emit(X_DISK_INDEPENDENT, {"device": disk.device})
         return {"offset": done.next_offset, "finished": done.finished}
 
     async def _set_speed(self, arguments: SpeedArguments) -> object:
@@ -239,12 +234,12 @@ class DiskCommands:
         return {}
 
     async def _set_guest_latency(self, arguments: LatencyArguments) -> object:
-        self._check_device(arguments.device)
+        disk = self._find(arguments.device)
         if not (arguments.latency == 0 or _SHORTEST_LATENCY <= arguments.latency <= _LONGEST_LATENCY):
             raise QmpError(
                 f"Parameter 'latency' expects seconds from {_SHORTEST_LATENCY:g} to {_LONGEST_LATENCY:g}, or 0 for none"
             )
-        self._disk.guest_latency = arguments.latency or None
+        disk.guest_latency = arguments.latency or None
         return {}
 
     async def _block_job(self, verb: str, arguments: BlockJobArguments) -> object:
@@ -257,20 +252,48 @@ class DiskCommands:
         return await _perform(job, "cancel")
 
     async def _job(self, verb: str, arguments: JobArguments) -> object:
-        job = self._disk.job
-        if job is None or job.id != arguments.id:
+        job = self._find_job(arguments.id)
+        if job is None:
             raise QmpError("Job not found")
         return await _perform(job, verb)
 
     def _find_block_job(self, device: str) -> StreamJob:
-        job = self._disk.job
-        if job is None or job.id != device:
+        job = self._find_job(device)
+        if job is None:
             raise QmpError(f"Block job '{device}' not found", ErrorClass.DEVICE_NOT_ACTIVE)
         return job
 
-    def _check_device(self, device: str) -> None:
-        if device != self._disk.device:
+    def _find_job(self, job_id: str) -> StreamJob | None:
+        return next((job for _, job in self._jobs_of_all() if job.id == job_id), None)
+
+    def _find(self, device: str | UnsetType) -> DiskStream:
+        if device is UNSET:
+            if not self._disks:
+                raise QmpError("No disk is streamed yet")
+            return next(iter(self._disks.values()))
+        if device not in self._disks:
             raise QmpError(f"Cannot find device='{device}' nor node-name='{device}'")
+        return self._disks[device]
+
+
+def _described(disk: DiskStream, job: StreamJob) -> dict[str, Any]:
+    """Return QAPI's BlockJobInfo."""
+    seen = disk.snapshot()
+    io_status = "failed" if seen.state is DiskState.DEGRADED else "nospace" if seen.full_since else "ok"
+    return {
+        "type": "stream",
+        "device": job.id,
+        "len": job.progress.length,
+        "offset": job.progress.position,
+        "speed": job.speed,
+        "status": job.status.value,
+        "busy": job.status is JobStatus.RUNNING,
+        "paused": job.status is JobStatus.PAUSED,
+        "ready": False,
+        "io-status": io_status,
+        "auto-finalize": True,
+        "auto-dismiss": True,
+    }
 
 
 def _expect(job: StreamJob, verb: str) -> None:

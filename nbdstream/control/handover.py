@@ -101,5 +101,6 @@ def _disks(driver: SourceDriver | DestinationDriver) -> list[dict[str, Any]]:
         ]
     return [
         {"path": disk.path, "uuid": disk.disk.uuid, "size": disk.disk.size, "remote": disk.remote}
+        | ({"device": disk.device} if disk.stream else {})
         for disk in driver.disks
     ]

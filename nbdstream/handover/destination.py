@@ -10,7 +10,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from nbdstream.errors import NbdstreamError, ProtocolError
+from nbdstream.errors import NbdstreamError, ProtocolError, SourceError, WrongSourceError
 from nbdstream.handover.disk import DestinationDisk, remove_overlay
 from nbdstream.handover.driver import Driver, HandoverError
 from nbdstream.handover.journal import Contents, DestinationSetup, Entry, Journal
@@ -32,9 +32,10 @@ from nbdstream.wire.handover.vocabulary import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from nbdstream.handover.journal import DestinationContents
+    from nbdstream.stream.disk import DiskStream
     from nbdstream.stream.source import SourceOptions
     from nbdstream.wire.handover.messages import Disk, Message
     from nbdstream.wire.handover.vocabulary import Effect, Event
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 5.0
+_PREPARE_AGAIN_SECONDS: Final = 1.0
+"""The source's export is there as soon as the source is; only a firewall that is wrong keeps anybody waiting."""
 
 
 class DestinationOptions(NamedTuple):
@@ -103,12 +106,14 @@ class DestinationDriver(Driver[Destination, DestinationState]):
         self.setup = setup
         self.disks: list[DestinationDisk] = []
         """Once they are prepared."""
+        self.streaming: list[Callable[[DiskStream], None]] = []
+        """Called with each disk's stream, when the disk is owned here."""
         self._options = options
         certificates = options.source.tls_certificates
         self._tls = client_context(certificates) if self.offer.tls and certificates else None
         if self.offer.tls and not self._tls:
             raise HandoverError("the offer needs TLS: say --tls-certificates DIR")
-        self._refused = asyncio.Event()
+        self._source_missing = ""
         accepted = [entry.time for entry in contents.entries if entry.record.phase in OWNER]
         self._accepted = accepted[0] if accepted else 0.0
 
@@ -198,7 +203,7 @@ class DestinationDriver(Driver[Destination, DestinationState]):
     @property
     def disk_problem(self) -> str:
         """Why a disk's source is not to be had."""
-        return next((disk.problem for disk in self.disks if disk.problem), "")
+        return self._source_missing or next((disk.problem for disk in self.disks if disk.problem), "")
 
     def _complete(self, message: Message) -> Message:
         if isinstance(message, Accepted):
@@ -210,7 +215,7 @@ class DestinationDriver(Driver[Destination, DestinationState]):
     async def operate(self, operation: Operation) -> Event | None:
         """Do an operation. Raises NbdstreamError, OSError."""
         if operation is Operation.PREPARE:
-            await self._prepare()
+            await self._prepare_with_source()
         elif operation is Operation.HOOK_ACCEPT:
             await self.hook("on-accept hook", self._options.on_accept)
         elif operation is Operation.MANIFEST:
@@ -219,6 +224,21 @@ class DestinationDriver(Driver[Destination, DestinationState]):
         elif operation is Operation.DISCARD:
             await self._discard()
         return None
+
+    async def _prepare_with_source(self) -> None:
+        """Prepare as soon as the source's export is to be had, unless it is called off before."""
+        while self.state.pending is Operation.PREPARE:
+            try:
+                await self._prepare()
+                break
+            except WrongSourceError:
+                raise
+            except SourceError as error:
+                if str(error) != self._source_missing:
+                    self._source_missing = str(error)
+                    log.warning("%s", error)
+                await asyncio.sleep(_PREPARE_AGAIN_SECONDS)
+        self._source_missing = ""
 
     async def _prepare(self) -> None:
         record, options = self.state.record, self._options
@@ -235,6 +255,7 @@ class DestinationDriver(Driver[Destination, DestinationState]):
                     self.setup.overlays[number],
                     self._uri(disk),
                     options.source,
+                    device=f"disk{number}",
                     socket=options.sockets[number],
                     socket_mode=options.socket_mode,
                     socket_group=options.socket_group,
@@ -257,7 +278,10 @@ class DestinationDriver(Driver[Destination, DestinationState]):
         if isinstance(effect, AllowWrites):
             self._accepted = self._accepted or time.time()
             for disk in self.disks:
-                disk.allow_writes()
+                if disk.stream is None:
+                    stream = disk.allow_writes()
+                    for listener in self.streaming:
+                        listener(stream)
         elif isinstance(effect, Hydrate):
             for disk in self.disks:
                 disk.hydrate(self._options.speed)

@@ -33,10 +33,19 @@ class DestinationDisk:
     """Use :meth:`open`."""
 
     def __init__(
-        self, disk: Disk, overlay: Overlay, source: Source | None, switch: Switch, server: NbdServer, path: str
+        self,
+        disk: Disk,
+        overlay: Overlay,
+        source: Source | None,
+        switch: Switch,
+        server: NbdServer,
+        path: str,
+        device: str,
     ) -> None:
         self.disk = disk
         self.path = path
+        self.device = device
+        """What it is called where QMP wants a device."""
         self._overlay = overlay
         self._source = source
         self._switch = switch
@@ -51,6 +60,7 @@ class DestinationDisk:
         uri: NbdUri,
         options: SourceOptions,
         *,
+        device: str,
         socket: str,
         socket_mode: int,
         socket_group: str | None,
@@ -81,7 +91,7 @@ class DestinationDisk:
             undo.pop_all()
         if below is None:
             await remote.close()
-        return cls(disk, overlay, below, switch, server, path)
+        return cls(disk, overlay, below, switch, server, path, device)
 
     @property
     def stream(self) -> DiskStream | None:
@@ -96,13 +106,14 @@ class DestinationDisk:
         progress = self._stream.progress if self._stream else None
         return progress.length - progress.position if progress else self.disk.size
 
-    def allow_writes(self) -> None:
+    def allow_writes(self) -> DiskStream:
         """From the next request on the guest has the overlay: what it writes is marked, what it reads is kept."""
-        if self._stream is None:
-            listeners = Listeners()
-            hydration = Hydration(self._overlay, self._source, listeners) if self._source else None
-            self._stream = DiskStream(self.path, self._overlay, self._server, hydration, listeners, None)
-            self._switch.become(self._overlay)
+        listeners = Listeners()
+        hydration = Hydration(self._overlay, self._source, listeners) if self._source else None
+        stream = DiskStream(self.path, self._overlay, self._server, hydration, listeners, device=self.device)
+        self._stream = stream
+        self._switch.become(self._overlay)
+        return stream
 
     def hydrate(self, speed: int) -> None:
         """Begin to stream, if anything is remote; ``speed`` is bytes a second, 0 for no limit."""

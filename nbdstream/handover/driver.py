@@ -67,6 +67,8 @@ class Driver(ABC, Generic[_M, _S]):
         self.peer: Link[Any] | None = None
         self.problem = ""
         """Why the last operation failed, or the last connection ended; for people."""
+        self._problem_of: Operation | None = None
+        """The operation whose failure that is; it is none any more when it has been done after all."""
         self.alarms: deque[str] = deque(maxlen=_MOST_ALARMS)
         """What must not have happened."""
         self.times: list[tuple[str, float]] = []
@@ -117,7 +119,7 @@ class Driver(ABC, Generic[_M, _S]):
             if self.state.record.phase is Phase.RELEASED:
                 log.info("the other side is not connected any more, and needs not be")
             else:
-                self.problem = reason
+                self.problem, self._problem_of = reason, None
                 log.warning("the other side is not connected any more: %s", reason)
             self.happened(Lost())
 
@@ -190,8 +192,12 @@ class Driver(ABC, Generic[_M, _S]):
             event = await self.operate(operation)
         except (NbdstreamError, OSError) as error:
             self.problem = f"{operation}: {_said(error)}"
+            self._problem_of = operation
             log.error("%s", self.problem)
             event = Failed(operation)
+        else:
+            if operation is self._problem_of:
+                self.problem, self._problem_of = "", None
         self._mark(str(operation))
         self.happened(event or Done(operation))
 

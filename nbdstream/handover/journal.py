@@ -160,6 +160,22 @@ class Journal:
             os.close(self._fd)
         self._fd = fd
 
+    def keep_offer(self, text: str) -> None:
+        """Leave what a destination has to be told beside it, for whoever cannot see what is printed.
+
+        Raises JournalError.
+        """
+        path = os.path.join(self.directory, "offer")
+        try:
+            fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                _write(fd, f"{text}\n".encode())
+            finally:
+                os.close(fd)
+            os.rename(f"{path}.new", path)
+        except OSError as error:
+            raise JournalError(f"{path} cannot be written: {error.strerror}") from error
+
     def append(self, record: SourceRecord | DestinationRecord, note: str) -> None:
         """Add a record; it is durable when this returns. Raises JournalError: nothing may be done after that."""
         entry: Any = Entry(time.time(), record, note)

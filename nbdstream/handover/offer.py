@@ -4,7 +4,7 @@
 
     handover://192.0.2.1:10808/GROUP?token=TOKEN      and handovers:// with TLS
 
-Whoever has it may become the destination, once. It is shown once, and never logged.
+Whoever has it may become the destination, once. It is printed, kept in the state directory, and never logged.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ _DESTINATION_ADVICE: Final = {
     "ACCEPTED": "the disks are owned here; if the guest could not be started, see why and say "
     "'nbdstream handover retry'",
     "HYDRATING": "the guest runs here; what is only at the source would be lost with it",
-    "INDEPENDENT": "the source is not needed any more; it has still to be told",
+    "INDEPENDENT": "the source is not needed any more; it has still to be told, as soon as it runs",
     "RELEASED": "it is done",
     "DECLINED": "it was called off: the guest runs at the source, and nothing is left here",
 }

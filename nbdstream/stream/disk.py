@@ -45,11 +45,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEVICE = "disk0"
-"""What the disk is called where QMP wants a device: there is one."""
+"""What a disk is called where QMP wants a device: there is one, unless somebody has more and names them."""
 
 DEFAULT_STEP_BYTES = 16 << 20
 """Of an increment: what the hydrator has in flight, so that a line is filled for most of the time; and less than a
 second's work on any line that can carry a guest's disk, so that whoever goes step by step stays in control."""
+
+_CLOSED = "the disk was closed"
 
 _DRAIN_SECONDS = 10.0
 _DRAIN_SECONDS_WITHOUT_SOURCE = 1.0
@@ -68,9 +70,6 @@ class StepResult(NamedTuple):
 class DiskStream:
     """One overlay, being served and streamed. Use :meth:`start`."""
 
-    device = DEVICE
-    """What it is called where QMP wants a device."""
-
     def __init__(
         self,
         path: str,
@@ -78,9 +77,12 @@ class DiskStream:
         server: NbdServer | None,
         hydration: Hydration | None,
         listeners: Listeners,
-        guest_latency: float | None,
+        guest_latency: float | None = None,
+        device: str = DEVICE,
     ) -> None:
         self.path = path
+        self.device = device
+        """What it is called where QMP wants a device."""
         self.overlay = overlay
         self.listeners = listeners
         """Who is told of events."""
@@ -89,7 +91,7 @@ class DiskStream:
         self._server = server
         self._hydration = hydration
         self._stepping: asyncio.Task[None] | None = None
-        self._closed = False
+        self._closing: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
         """Set when it is independent, or never will be."""
         self._error = ""
@@ -183,9 +185,12 @@ class DiskStream:
 
     # -- streaming ----------------------------------------------------------------------------------------------
 
-    def start_job(self, *, job_id: str = DEVICE, speed: int = 0) -> StreamJob:
-        """Begin to stream all of the disk, or what is left of it. Raises JobError if something streams it already."""
-        self.job = StreamJob(job_id, self._free_hydration(), speed=speed, governor=self._governor)
+    def start_job(self, *, job_id: str | None = None, speed: int = 0) -> StreamJob:
+        """Begin to stream all of the disk, or what is left of it; the job's id is the device unless it is given.
+
+        Raises JobError if something streams it already.
+        """
+        self.job = StreamJob(job_id or self.device, self._free_hydration(), speed=speed, governor=self._governor)
         self.job.start()
         return self.job
 
@@ -195,6 +200,7 @@ class DiskStream:
         The last increment makes the overlay independent, wherever the first one began. Raises JobError if something
         streams the disk already, or if it fails; ValueError for a range that is not one of the disk.
         """
+        self._check_open()
         size = self.overlay.size
         if not (0 <= offset <= size and length > 0):
             raise ValueError(
@@ -208,9 +214,9 @@ class DiskStream:
         try:
             await self._stepping
         except asyncio.CancelledError:
-            if not self._closed:
+            if not self._closing:
                 raise
-            raise JobError(f"{self.path}: the disk was closed") from None
+            raise JobError(f"{self.path}: {_CLOSED}") from None
         except Exception as error:
             raise JobError(f"{self.path}: streaming failed: {reason_of(error)}") from error
         finally:
@@ -237,7 +243,12 @@ class DiskStream:
         cluster = remote.find(1, min(-(-offset // cluster_size), len(remote)))
         return max(cluster, remote.find(1), 0) * cluster_size
 
+    def _check_open(self) -> None:
+        if self._closing:
+            raise JobError(f"{self.path}: {_CLOSED}")
+
     def _free_hydration(self) -> Hydration:
+        self._check_open()
         if self._hydration is None or self.independent:
             raise JobError(f"{self.path} is independent: there is nothing to stream")
         if self.job or self._stepping:
@@ -245,7 +256,10 @@ class DiskStream:
         return self._hydration
 
     async def wait(self) -> None:
-        """Wait until the overlay is independent and durable. Raises NbdstreamError if that cannot be."""
+        """Wait until the overlay is independent and durable. Raises NbdstreamError if that cannot be.
+
+        It cannot if the stream has failed, or the disk was closed before.
+        """
         await self._ended.wait()
         if self._error:
             raise NbdstreamError(f"{self.path}: streaming failed: {self._error}")
@@ -325,10 +339,15 @@ class DiskStream:
     async def close(self) -> None:
         """Stop serving and streaming. What was written is durable; the overlay can be resumed.
 
-        Requests that wait for a lost source are never answered: their connections are closed.
+        Requests that wait for a lost source are never answered: their connections are closed. Closing twice does no
+        harm, and whoever waits is not left waiting.
         """
+        if not self._closing:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         source = self._hydration.source if self._hydration else None
-        self._closed = True
         self._latency.stop()
         if self._server:
             lost = source is not None and not self.independent and not source.connected
@@ -341,3 +360,6 @@ class DiskStream:
         if source:
             await source.close()
         await self.overlay.close()
+        if not self._ended.is_set():
+            self._error = _CLOSED
+            self._ended.set()

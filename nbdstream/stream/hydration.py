@@ -53,8 +53,8 @@ class Hydration:
 
     @property
     def hydrated(self) -> bool:
-        """Whether no cluster is remote any more."""
-        return self.overlay.remote is None or (self.survey.done and self.overlay.remote_count == 0)
+        """Whether no cluster is remote any more, whatever of the source has been asked for."""
+        return self.overlay.remote is None or self.overlay.remote_count == 0
 
     @property
     def progress(self) -> Progress:

@@ -275,6 +275,7 @@ class Source(BlockDevice):
         """Whether a request failed only because a connection did; it is made again then, if somebody waits for it."""
         if error is None or error.errno not in _LOST or self._closed or not request.wanted():
             return False
+        request.command = None
         self._held.append(request)
         asyncio.get_running_loop().call_soon(self._retry_held)
         return True

@@ -100,7 +100,7 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
         ))  # fmt: skip
     if arguments.section in ("qed", "all"):
         sections.append(measure_qed(
-            source, peers.selected(of_qed, arguments.only), arguments.ours,
+            source, peers.selected(of_qed, arguments.only),
             rounds=arguments.rounds, seconds=arguments.seconds, scratch=scratch, sockets=sockets,
         ))  # fmt: skip
     if arguments.section in ("guest", "all"):

@@ -116,12 +116,9 @@ def floors(servers: Sequence[QedServer]) -> tuple[Floor, ...]:
 
 
 def measure_qed(
-    path: str, servers: Sequence[QedServer], create: str, *, rounds: int, seconds: float, scratch: str, sockets: str
+    path: str, servers: Sequence[QedServer], *, rounds: int, seconds: float, scratch: str, sockets: str
 ) -> Section:
-    """Measure ``servers`` over images of the size, and with the contents, of the raw file ``path``.
-
-    ``create`` is the nbdstream command that makes the empty ones.
-    """
+    """Measure ``servers`` over images of the size, and with the contents, of the raw file ``path``."""
     section = Section(
         "qed",
         f"QED images of {os.path.getsize(path) >> 20} MiB on a disk, over a unix socket",
@@ -129,7 +126,7 @@ def measure_qed(
         [*WORKLOADS],
         floors(servers),
     )
-    bench = _Bench(path, create, seconds, scratch, f"{sockets}/qed")
+    bench = _Bench(path, seconds, scratch, f"{sockets}/qed")
     bench.make_images()
     for server in servers:
         try:
@@ -155,10 +152,8 @@ def measure_qed(
 class _Bench:
     """The images of one section."""
 
-    def __init__(self, source: str, create: str, seconds: float, scratch: str, socket: str) -> None:
-        """``create`` is the nbdstream command that makes empty images."""
+    def __init__(self, source: str, seconds: float, scratch: str, socket: str) -> None:
         self._source = source
-        self._create = create
         self._size = os.path.getsize(source)
         self._seconds = seconds
         self._scratch = scratch
@@ -231,7 +226,7 @@ class _Bench:
     def _new_image(self) -> str:
         """Make an empty image, the same for everybody."""
         path = self._path("empty")
-        run([self._create, "create", "--size", str(self._size), path])
+        run(["qemu-img", "create", "-q", "-f", "qed", path, str(self._size)])
         return path
 
     def _check(self, path: str) -> None:

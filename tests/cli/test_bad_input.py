@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.harness import Filler, forget_records, make_image, small_filesystem, socket_uri
+from tests.support.harness import Filler, make_image, small_filesystem, socket_uri
 from tests.support.processes import NBDSTREAM, Command, Process, nbdstream, run, wait_until
 from tests.support.qed import RawImage, create, qemu_io
 
@@ -35,12 +35,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def overlay(source: str, tmp_path: Path) -> Iterator[str]:
+def overlay(source: str, tmp_path: Path) -> str:
     """An overlay of that disk, of which nothing is local."""
     path = str(tmp_path / "overlay.qed")
     nbdstream("create", path, "--backing", source)
-    yield path
-    forget_records(str(tmp_path))
+    return path
 
 
 def tree(directory: Path) -> dict[str, tuple[int, int, int, str]]:
@@ -338,7 +337,6 @@ def test_a_socket_that_nobody_listens_on_is_replaced(tmp_path: Path, source: str
         assert run("nbdinfo", "--size", socket_uri(path)).stdout == f"{SIZE}\n"
         assert command.stop() == 0
     assert not os.path.exists(path)
-    forget_records(str(tmp_path))
 
 
 # -- who else has it --------------------------------------------------------------------------------------------

@@ -80,6 +80,42 @@ class RawClient:
         self.writer.close()
 
 
+class Heard:
+    """What a client hears of, in its order."""
+
+    def __init__(self, qmp: QMPClient) -> None:
+        self.names: set[str] = set()
+        """Of all events until now."""
+        self._qmp = qmp
+
+    async def until(self, name: str) -> dict[str, Any]:
+        """Wait for an event, and return its data."""
+        async with asyncio.timeout(20):
+            while (event := await self.next())["event"] != name:
+                pass
+        data: dict[str, Any] = event["data"]
+        return data
+
+    async def next(self) -> dict[str, Any]:
+        event = dict(await self._qmp.events.get())
+        self.names.add(str(event["event"]))
+        return event
+
+    async def names_until(self, status: str) -> list[str]:
+        """Return the names of events, and of the states instead of JOB_STATUS_CHANGE, up to a state."""
+        names: list[str] = []
+        async with asyncio.timeout(20):
+            while not names or names[-1] != status:
+                event = await self.next()
+                changed = event["event"] == "JOB_STATUS_CHANGE"
+                names.append(event["data"]["status"] if changed else event["event"])
+        return names
+
+
+async def execute(qmp: QMPClient, command: str, **arguments: object) -> Any:
+    return await qmp.execute(command, {name.replace("_", "-"): value for name, value in arguments.items()})
+
+
 @pytest.fixture
 async def control(directory: str) -> AsyncIterator[ControlServer]:  # noqa: F811
     """It is bound, and nobody can connect yet."""
@@ -99,17 +135,23 @@ def commands(stopped: asyncio.Event) -> Commands:
 
 
 @pytest.fixture
+def overlay(tmp_path: Path) -> str:
+    """Where the overlay is made."""
+    return str(tmp_path / "overlay.qed")
+
+
+@pytest.fixture
 async def stream(
     server: SourceServer,  # noqa: F811
-    tmp_path: Path,
+    overlay: str,
     control: ControlServer,
     commands: Commands,
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[DiskStream]:
     """A disk of 40 clusters that nothing streams yet, under control."""
     monkeypatch.setattr(source_module, "_FIRST_PAUSE_SECONDS", 0.01)
-    async with await DiskStream.start(server.uri, str(tmp_path / "overlay.qed"), job=False) as stream:
-        DiskCommands(stream, control.emit).add_to(commands)
+    async with await DiskStream.start(server.uri, overlay, job=False) as stream:
+        DiskCommands(control.emit, stream).add_to(commands)
         await control.begin(commands)
         yield stream
 
@@ -121,3 +163,8 @@ async def qmp(stream: DiskStream, control: ControlServer) -> AsyncIterator[QMPCl
     await client.connect(control.path)
     yield client
     await client.disconnect()
+
+
+@pytest.fixture
+def heard(qmp: QMPClient) -> Heard:
+    return Heard(qmp)

@@ -2,63 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
+import errno
+import os
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from qemu.qmp import ExecuteError
 
 from nbdstream.control.disk import MOST_COLUMNS
 from nbdstream.stream.disk import DEVICE
+from tests.control.conftest import execute
 from tests.stream.peers import CLUSTER
 
 if TYPE_CHECKING:
+    import asyncio
+
     from qemu.qmp import QMPClient
 
     from nbdstream.stream.disk import DiskStream
+    from tests.control.conftest import Heard
     from tests.stream.peers import SourceDisk, SourceServer
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/control.md").read_text()
 BLOCK_JOB = {"device": DEVICE}
 JOB = {"id": DEVICE}
-
-
-class Heard:
-    """What a client hears of, in its order."""
-
-    def __init__(self, qmp: QMPClient) -> None:
-        self._qmp = qmp
-
-    async def until(self, name: str) -> dict[str, Any]:
-        """Wait for an event, and return its data."""
-        async with asyncio.timeout(20):
-            while (event := await self.next())["event"] != name:
-                pass
-        data: dict[str, Any] = event["data"]
-        return data
-
-    async def next(self) -> dict[str, Any]:
-        return dict(await self._qmp.events.get())
-
-    async def names_until(self, status: str) -> list[str]:
-        """Return the names of events, and of the states instead of JOB_STATUS_CHANGE, up to a state."""
-        names: list[str] = []
-        async with asyncio.timeout(20):
-            while not names or names[-1] != status:
-                event = await self.next()
-                changed = event["event"] == "JOB_STATUS_CHANGE"
-                names.append(event["data"]["status"] if changed else event["event"])
-        return names
-
-
-@pytest.fixture
-def heard(qmp: QMPClient) -> Heard:
-    return Heard(qmp)
-
-
-async def execute(qmp: QMPClient, command: str, **arguments: object) -> Any:
-    return await qmp.execute(command, {name.replace("_", "-"): value for name, value in arguments.items()})
 
 
 async def refusal(qmp: QMPClient, command: str, arguments: dict[str, object]) -> tuple[str, str]:
@@ -177,6 +146,65 @@ async def test_a_source_that_goes_is_told_and_the_disk_is_degraded(
     status = await execute(qmp, "query-status")
     assert status["status"] == "running"
     assert "since" not in status
+
+
+async def test_a_job_that_fails_says_why_and_all_is_served_still(
+    qmp: QMPClient, heard: Heard, stream: DiskStream, disk: SourceDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", failing)
+        await execute(qmp, "block-stream", device=DEVICE)
+        failed = await heard.until("BLOCK_JOB_ERROR")
+        completed = await heard.until("BLOCK_JOB_COMPLETED")
+    assert (failed["operation"], failed["action"]) == ("write", "report")
+    assert completed["error"] == failed["x-reason"]
+    assert (completed["type"], completed["device"], completed["len"]) == ("stream", DEVICE, disk.size)
+    assert await heard.names_until("null") == ["concluded", "null"]
+    assert await execute(qmp, "query-block-jobs") == []
+    status = await execute(qmp, "query-status")
+    assert (status["status"], status["running"]) == ("running", True)
+    assert b"".join(await stream.overlay.read(0, disk.size)) == disk.data
+
+
+async def test_all_commands_and_events_in_one_session(
+    qmp: QMPClient, heard: Heard, server: SourceServer, stopped: asyncio.Event
+) -> None:
+    """But for the events of a full disk, which are in test_full_disk."""
+    there = {command["name"] for command in await execute(qmp, "query-commands")}
+    done = {"qmp_capabilities", "query-commands"}  # the library itself says the first
+
+    async def perform(command: str, **arguments: object) -> None:
+        await execute(qmp, command, **arguments)
+        done.add(command)
+
+    for command in ("query-version", "query-status", "x-query-map", "query-jobs", "query-block-jobs"):
+        await perform(command)
+    await perform("x-block-stream-step", device=DEVICE, length=CLUSTER)
+    await perform("block-stream", device=DEVICE, speed=1)
+    await perform("block-job-pause", device=DEVICE)
+    await perform("block-job-resume", device=DEVICE)
+    await perform("job-pause", id=DEVICE)
+    await perform("job-resume", id=DEVICE)
+    await perform("block-job-cancel", device=DEVICE)
+    await perform("block-stream", device=DEVICE, speed=1)
+    await perform("job-cancel", id=DEVICE)
+    await perform("block-stream", device=DEVICE, speed=1)
+    await server.stop()
+    await heard.until("X_SOURCE_LOST")
+    await server.start()
+    await heard.until("X_SOURCE_BACK")
+    await perform("x-set-guest-latency", device=DEVICE, latency=0.005)
+    await perform("block-job-set-speed", device=DEVICE, speed=0)
+    await heard.names_until("null")
+    await perform("quit")
+    assert stopped.is_set()
+    refused = {"job-complete", "job-finalize", "job-dismiss"}
+    assert there - refused == done
+    events = set(re.findall(r"^\| `([A-Z_]+)`", DOCUMENT.replace("`, `X_", "` |\n| `X_"), re.MULTILINE))
+    assert heard.names == events - {"X_DISK_FULL", "X_DISK_HAS_ROOM"}
 
 
 # What is refused.

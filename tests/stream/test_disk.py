@@ -221,6 +221,46 @@ async def test_whoever_waits_hears_that_streaming_failed(
     await stream.close()
 
 
+async def test_a_disk_is_closed_once_however_often_that_is_asked(server: SourceServer, path: str) -> None:
+    stream = await DiskStream.start(server.uri, path, speed=1)
+    async with asyncio.timeout(10):
+        await asyncio.gather(stream.close(), stream.close())
+        await stream.close()
+    assert qed.qemu_check(path).status == 0
+
+
+async def test_a_disk_that_is_closed_while_it_is_used_leaves_nobody_waiting(
+    server: SourceServer, disk: SourceDisk, path: str, directory: str
+) -> None:
+    disk.gate.clear()
+    stream = await DiskStream.start(server.uri, path, socket=f"{directory}/guest", job=False)
+    guest = await RemoteExport.connect(stream.uris[0])
+    waiting = [asyncio.ensure_future(each) for each in (stream.wait(), stream.step(), guest.read(9 * CLUSTER, 512))]
+    await disk.asked.wait()
+    closing = asyncio.ensure_future(stream.close())
+    await asyncio.sleep(0)
+    disk.gate.set()
+    async with asyncio.timeout(10):
+        await closing
+        waited, stepped, _ = await asyncio.gather(*waiting, return_exceptions=True)
+    assert "the disk was closed" in str(waited)
+    assert isinstance(stepped, JobError | StepResult)
+    await guest.close()
+
+
+async def test_a_closed_disk_says_so(server: SourceServer, path: str) -> None:
+    stream = await DiskStream.start(server.uri, path, job=False)
+    await stream.close()
+    with pytest.raises(NbdstreamError, match="the disk was closed"):
+        await stream.wait()
+    with pytest.raises(JobError, match="the disk was closed"):
+        await stream.step()
+    with pytest.raises(JobError, match="the disk was closed"):
+        stream.start_job()
+    assert stream.progress.position == 0
+    assert stream.snapshot().path == path
+
+
 # What is refused.
 
 
@@ -726,6 +766,16 @@ async def test_a_step_ends_with_the_disk(server: SourceServer, disk: SourceDisk,
         await stream.close()
         with pytest.raises(JobError, match="the disk was closed"):
             await step
+
+
+async def test_a_step_is_the_last_where_the_guest_has_read_the_rest(
+    server: SourceServer, disk: SourceDisk, path: str
+) -> None:
+    async with await DiskStream.start(server.uri, path, job=False) as stream:
+        await stream.step(0, 4 * CLUSTER)
+        await stream.overlay.read(8 * CLUSTER, disk.size - 8 * CLUSTER)
+        assert await stream.step(4 * CLUSTER, 4 * CLUSTER) == StepResult(disk.size, True)
+    assert qed.content(path) == disk.data
 
 
 async def test_a_step_that_fails_says_why(server: SourceServer, path: str, monkeypatch: pytest.MonkeyPatch) -> None:

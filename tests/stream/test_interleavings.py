@@ -27,10 +27,13 @@ from nbdstream.block.qed.image import QedImage
 from nbdstream.block.qed.opening import OpenFile, create_file, open_file
 from nbdstream.block.qed.record import read_record
 from nbdstream.block.qed.tables import _NO_TABLE, UNALLOCATED, ZERO, Tables
+from nbdstream.block.remote.commands import zero_mask
 from nbdstream.block.worker import settling
 from nbdstream.stream.fetch import Fetches
+from nbdstream.stream.source import Request as SourceRequest
+from nbdstream.stream.source import Source
+from nbdstream.uri import NbdUri
 from tests.support.crash import SECTOR, Image
-from tests.support.memory import MemoryDevice
 from tests.support.mistakes import answer_before_the_link
 
 if TYPE_CHECKING:
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bitarray import bitarray
+
+    from nbdstream.block.device import Buffer
+    from nbdstream.block.remote.export import CopyDone
 
 T = TypeVar("T")
 
@@ -144,22 +150,25 @@ class StepWorker:
         pass
 
 
-class StepSource(MemoryDevice):
+class StepSource(Source):
     """The source, of which every answer is a queue of its own: they come in any order."""
 
-    connected = True
-    memory_for_bulk = 1 << 20
-
     def __init__(self, data: bytes, queues: Queues) -> None:
-        super().__init__(data)
+        super().__init__(NbdUri.parse("nbd://nowhere"))
+        self.expect(len(data))
+        self._data = data
         self._queues = queues
         self._numbers = itertools.count()
 
-    async def read(self, offset: int, length: int) -> Sequence[bytes]:
+    @property
+    def connected(self) -> bool:
+        return True
+
+    async def read(self, offset: int, length: int) -> Sequence[Buffer]:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.put(f"read {next(self._numbers)}", lambda: answer.set_result(None))
         await answer
-        return [self.data[offset : offset + length]]
+        return [self._data[offset : offset + length]]
 
     def copy_soon(
         self,
@@ -167,19 +176,20 @@ class StepSource(MemoryDevice):
         length: int,
         fd: int,
         place: int,
-        done: Callable[[int | None, OSError | None], None],
-        **_: object,
-    ) -> None:
+        done: CopyDone,
+        *,
+        zero_unit: int,
+        urgent: bool,
+        wanted: Callable[[], bool],
+    ) -> SourceRequest:
         def job() -> None:
-            data = self.data[offset : offset + length]
-            zero = sum(1 << i for i in range(length // CLUSTER) if not any(data[i * CLUSTER : (i + 1) * CLUSTER]))
+            data = self._data[offset : offset + length]
+            zero = zero_mask(bytearray(data), 0, length, zero_unit)
             os.pwrite(fd, data, place)
             done(zero, None)
 
         self._queues.put(f"copy {next(self._numbers)}", job)
-
-    def hurry(self, _request: object) -> None:
-        """Every order is tried anyway."""
+        return SourceRequest(lambda *_: None, lambda error: done(None, error), urgent=urgent, wanted=wanted)
 
 
 class Answered(NamedTuple):
@@ -248,7 +258,7 @@ class Case:
         remote: bitarray = ~overlay.image.allocated
         remote[1:] = 0
         overlay.remote, overlay.remote_count = remote, remote.count()
-        overlay.keeper = fetches = Fetches(overlay, source)  # type: ignore[arg-type]  # as much of one as is needed
+        overlay.keeper = fetches = Fetches(overlay, source)
         return fetches
 
     async def _steps(

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from tests.support.monitor import ask
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -167,7 +169,21 @@ class Event:
 class Guest:
     """A running guest. As a context manager it is ended at the end of the block, whatever happened."""
 
-    def __init__(self, disk: Node, script: str, files: Mapping[str, bytes] = {}, *, memory_mib: int = 256) -> None:
+    def __init__(
+        self,
+        disk: Node,
+        script: str,
+        files: Mapping[str, bytes] = {},
+        *,
+        memory_mib: int = 256,
+        control: Path | None = None,
+        incoming: Path | None = None,
+    ) -> None:
+        """With ``control`` its QEMU has a QMP socket there.
+
+        With ``incoming`` (and ``control``) it does not begin by itself: its state comes by a migration to that socket,
+        and then it stands still until ``cont``. All else must be as it is where it comes from.
+        """
         self.events: list[Event] = []
         self._console: list[str] = []
         self._arrived: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
@@ -176,14 +192,17 @@ class Guest:
             image.flush()
             self.started = time.monotonic()
             self._process = subprocess.Popen(
-                _qemu_command(disk, image.name, memory_mib),
+                [*_qemu_command(disk, image.name, memory_mib), *_migration_options(control, incoming)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             )
             self._reader = threading.Thread(target=self._read_console, name="guest console", daemon=True)
             self._reader.start()
             # QEMU has read the initramfs when the guest says its first word.
             try:
-                self._next(time.monotonic() + 60)
+                if incoming and control:
+                    self._wait_for_control(control)
+                else:
+                    self._next(time.monotonic() + 60)
             except BaseException:
                 self.kill()
                 raise
@@ -216,12 +235,27 @@ class Guest:
         return bye
 
     def kill(self) -> None:
-        """End the guest at once, as a power cut would; nothing if it is off."""
+        """End the guest at once, as a power cut would; nothing if it is off. All that it said is in its events then."""
         self._process.kill()
         self._process.wait()
         self._reader.join()
+        while not self._arrived.empty():
+            if event := self._arrived.get():
+                self.events.append(event)
         if self._process.stdout:
             self._process.stdout.close()
+
+    def _wait_for_control(self, control: Path) -> None:
+        deadline = time.monotonic() + 60
+        while self._process.poll() is None and time.monotonic() < deadline:
+            try:
+                ask(str(control), "query-status")
+            except OSError:
+                time.sleep(0.02)
+            else:
+                return
+        self._reader.join(1)
+        raise self._error("its QEMU does not answer")
 
     def _next(self, deadline: float) -> Event:
         try:
@@ -246,6 +280,11 @@ class Guest:
 
     def _error(self, what: str) -> GuestError:
         return GuestError("\n".join([f"{what}; the end of its console:", *self._console[-25:]]))
+
+
+def _migration_options(control: Path | None, incoming: Path | None) -> list[str]:
+    options = ["-qmp", f"unix:{control},server=on,wait=off"] if control else []
+    return options + (["-S", "-incoming", f"unix:{incoming}"] if incoming else [])
 
 
 def _qemu_command(disk: Node, initramfs_path: str, memory_mib: int) -> Sequence[str]:

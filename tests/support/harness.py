@@ -10,7 +10,6 @@ A test gets one from the fixture ``pairs``; a conftest imports that from here.
 from __future__ import annotations
 
 import asyncio
-import glob
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import pytest
 import uvloop
 
-from nbdstream.block.qed.record import DIRECTORY
 from nbdstream.block.raw import RawImage
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
@@ -28,11 +26,14 @@ from nbdstream.stream.disk import DiskStream
 from tests.support.client import NbdClient
 from tests.support.processes import Command, run
 from tests.support.proxy import Proxy
+from tests.support.records import forget_records
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Coroutine, Iterator, Sequence
     from pathlib import Path
+
+    from nbdstream.server.tls import TlsPolicy
 
 T = TypeVar("T")
 
@@ -149,8 +150,6 @@ class CommandPair(Pair):
         for command in (self.streamer, self.source):
             if command:
                 command.kill()
-        if os.path.exists(self.overlay):
-            forget_records(os.path.dirname(self.overlay))
         super().close()
 
 
@@ -170,10 +169,10 @@ class LocalPair(Pair):
         """Run a coroutine where the source and the streamer are, and return what it returns."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
-    def start_source(self) -> None:
+    def start_source(self, *, tls: TlsPolicy | None = None) -> None:
         async def start() -> tuple[NbdServer, RawImage]:
             image = await RawImage.open(self.image)
-            server = NbdServer([Export("", image, writable=False)])
+            server = NbdServer([Export("", image, writable=False)], tls=tls)
             await server.listen_unix(self.source_socket)
             return server, image
 
@@ -262,14 +261,6 @@ def make_image(path: str, size: int, rng: random.Random, data: Sequence[tuple[in
             file.writelines(rng.randbytes(min(length - start, 1 << 20)) for start in range(0, length, 1 << 20))
 
 
-def forget_records(directory: str) -> None:
-    """Remove what killed streamers left in memory about the overlays in a directory: nobody will open them again."""
-    for entry in os.scandir(directory):
-        about = entry.stat(follow_symlinks=False)
-        for record in glob.glob(f"{DIRECTORY}/nbd*-{about.st_dev:x}-{about.st_ino:x}"):
-            os.unlink(record)
-
-
 @contextmanager
 def small_filesystem(directory: str, size: int) -> Iterator[str]:
     """Mount an ext4 of ``size`` bytes, without reserved blocks, and return where (as root)."""
@@ -282,6 +273,24 @@ def small_filesystem(directory: str, size: int) -> Iterator[str]:
     finally:
         forget_records(mount)
         run("umount", mount, status=None)
+
+
+@contextmanager
+def small_memory(directory: str, size: int) -> Iterator[str]:
+    """Mount a tmpfs of ``size`` bytes, and return where (as root)."""
+    mount = f"{directory}/memory"
+    os.mkdir(mount)
+    run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount)
+    try:
+        yield mount
+    finally:
+        forget_records(mount)
+        run("umount", mount, status=None)
+
+
+def resize_memory(mount: str, size: int) -> None:
+    """Let a tmpfs have another size."""
+    run("mount", "-o", f"remount,size={size}", mount)
 
 
 class Filler:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from tests.support.frames import CONNECTION, Frames, Piece
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -40,10 +43,13 @@ class Proxy:
         """How many were made through it."""
         self.forwarded = 0
         """Bytes that came from the server."""
+        self.watch: Callable[[Link, Piece], None] | None = None
+        """Called in the proxy's thread for each new connection, and for each piece that comes from the server before it
+        goes on. It may do something to the link, and change the bytes of the piece. Set it before anybody connects."""
         self._corrupt_at: int | None = None
         self._cut_at: int | None = None
         self._stall_at: int | None = None
-        self._links: list[_Link] = []
+        self._links: list[Link] = []
         self._loop = asyncio.new_event_loop()
         self.flowing = asyncio.Event()
         """Set unless stalled."""
@@ -112,9 +118,13 @@ class Proxy:
 
     # -- in the thread of the proxy ---------------------------------------------------------------------------
 
-    async def _cut(self) -> None:
+    def cut_all(self, *, reset: bool = True) -> None:
+        """Do what :meth:`cut` does; for :attr:`watch`, which is called in this thread."""
         for link in list(self._links):
-            link.abort()
+            link.abort(reset=reset)
+
+    async def _cut(self) -> None:
+        self.cut_all()
 
     async def _shut(self) -> None:
         self._server.close()
@@ -127,8 +137,10 @@ class Proxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        link = _Link(writer)
+        link = Link(writer, self.connections)
         self._links.append(link)
+        if self.watch:
+            self.watch(link, Piece(CONNECTION, bytearray()))
         try:
             if not self.refusing:
                 from_server, to_server = await self._open_target()
@@ -136,7 +148,7 @@ class Proxy:
                 async with asyncio.TaskGroup() as tasks:
                     for line in (
                         _Line(self, link, reader, to_server, lambda data: data),
-                        _Line(self, link, from_server, writer, self._from_server, trickles=True),
+                        _Line(self, link, from_server, writer, partial(self._from_server, link), trickles=True),
                     ):
                         tasks.create_task(line.receive())
                         tasks.create_task(line.send())
@@ -151,7 +163,12 @@ class Proxy:
             return await asyncio.open_unix_connection(self.target)
         return await asyncio.open_connection(*self.target)
 
-    def _from_server(self, data: bytes) -> bytes:
+    def _from_server(self, link: Link, data: bytes) -> bytes:
+        if self.watch:
+            pieces = list(link.frames.feed(data))
+            for piece in pieces:
+                self.watch(link, piece)
+            data = b"".join(piece.data for piece in pieces)
         start, self.forwarded = self.forwarded, self.forwarded + len(data)
         if self._corrupt_at is not None and start <= self._corrupt_at < self.forwarded:
             changed = bytearray(data)
@@ -159,16 +176,12 @@ class Proxy:
             self._corrupt_at, data = None, bytes(changed)
         if self._cut_at is not None and self.forwarded >= self._cut_at:
             self._cut_at = None
-            self._loop.call_soon(self._abort_all)
+            self._loop.call_soon(self.cut_all)
         if self._stall_at is not None and self.forwarded >= self._stall_at:
             self._stall_at = None
             for link in self._links:
                 link.flowing.clear()
         return data
-
-    def _abort_all(self) -> None:
-        for link in list(self._links):
-            link.abort()
 
 
 class _Line:
@@ -177,7 +190,7 @@ class _Line:
     def __init__(
         self,
         proxy: Proxy,
-        link: _Link,
+        link: Link,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         change: Callable[[bytes], bytes],
@@ -197,7 +210,9 @@ class _Line:
         data = b"not at its end"
         while data:
             data = await self._reader.read(self._proxy.chunk)
-            await self._on_its_way.put((loop.time() + self._proxy.delay, self._change(data)))
+            changed = self._change(data)
+            if changed or not data:  # it may be the start of a header, whose rest is waited for
+                await self._on_its_way.put((loop.time() + self._proxy.delay, changed))
 
     async def send(self) -> None:
         loop = asyncio.get_running_loop()
@@ -216,18 +231,26 @@ class _Line:
             await self._writer.drain()
 
 
-class _Link:
+class Link:
     """One client and, once it is connected, its server."""
 
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, writer: asyncio.StreamWriter, number: int) -> None:
+        self.number = number
+        """Which connection through the proxy it is, from 1 on."""
         self.writers = [writer]
+        self.frames = Frames()
         self.flowing = asyncio.Event()
         self.flowing.set()
 
-    def abort(self) -> None:
+    def hold(self, seconds: float) -> None:
+        """Let nothing through for so long."""
+        self.flowing.clear()
+        asyncio.get_running_loop().call_later(seconds, self.flowing.set)
+
+    def abort(self, *, reset: bool = True) -> None:
+        """Hang up on both sides: with a reset, or, as far as the kernel does it, with the end of a stream."""
         for writer in self.writers:
             sock: socket.socket = writer.get_extra_info("socket")
-            if sock.family != socket.AF_UNIX and not writer.transport.is_closing():
-                # Nothing lingers: the other side gets a reset, not the end of a stream.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            if reset and sock.family != socket.AF_UNIX and not writer.transport.is_closing():
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # nothing lingers
             writer.transport.abort()

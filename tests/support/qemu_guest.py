@@ -16,7 +16,8 @@ from typing import Self
 from tests.support.processes import PATIENCE_SECONDS, wait_until
 
 CELL = 4096
-_RECONNECT_SECONDS = 60
+RECONNECT_SECONDS = 60
+"""For so long its requests wait for a server that is gone (QEMU's ``reconnect-delay``)."""
 _LONGEST = 40
 """Cells that a write covers at most: more than two clusters."""
 
@@ -43,7 +44,7 @@ class QemuGuest:
         """What it said that is not as it should be."""
         self._chance = random.Random(seed)
         self._stop = threading.Event()
-        options = f"driver=nbd,server.type=unix,server.path={socket},reconnect-delay={_RECONNECT_SECONDS}"
+        options = f"driver=nbd,server.type=unix,server.path={socket},reconnect-delay={RECONNECT_SECONDS}"
         self._process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "--", "qemu-io", "--image-opts", options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,

@@ -34,6 +34,30 @@ def test_serve_is_ready_when_clients_can_connect_and_ends_with_0(tmp_path: Path)
             assert service.wait(60) == 0
 
 
+def test_offer_is_ready_when_a_destination_can_connect_and_says_3_if_it_is_not_over(tmp_path: Path) -> None:
+    image, state = tmp_path / "disk.img", tmp_path / "state"
+    image.write_bytes(bytes(1 << 20))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(60)
+        with subprocess.Popen(
+            [sys.executable, "-m", "nbdstream.cli", "offer", image, "--listen", "127.0.0.1:0", "--state", state],
+            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as service:
+            assert systemd.recv(1000) == f"READY=1\nSTATUS=offering {image}".encode()
+            offer = state / "offer"
+            assert offer.stat().st_mode & 0o777 == 0o600
+            service.send_signal(signal.SIGTERM)
+            printed, said = service.communicate(timeout=60)
+            assert service.returncode == 3
+            assert printed == offer.read_text()
+            assert printed.strip().rpartition("token=")[2] not in said
+            assert systemd.recv(1000) == b"STOPPING=1"
+
+
 def test_a_service_that_cannot_begin_is_never_ready(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))

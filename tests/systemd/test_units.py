@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from nbdstream import cli
+
 TREE = Path(__file__).parents[2]
 INSTALL = TREE / "scripts/install-units"
-SERVICES = ["nbdstream-serve@.service", "nbdstream-stream@.service"]
+HANDOVER = ["nbdstream-offer@.service", "nbdstream-receive@.service"]
+SERVICES = [*HANDOVER, "nbdstream-serve@.service", "nbdstream-stream@.service"]
 UNITS = [*SERVICES, "nbdstream-serve@.socket"]
 
 
@@ -71,3 +76,17 @@ def test_the_socket_lies_where_the_service_would_listen_on_its_own() -> None:
     units = {unit: (TREE / "systemd" / unit).read_text() for unit in UNITS}
     assert '\nEnvironment="OPTIONS=-U /run/nbdstream/%i.sock"\n' in units["nbdstream-serve@.service"]
     assert "\nListenStream=/run/nbdstream/%i.sock\n" in units["nbdstream-serve@.socket"]
+
+
+@pytest.mark.parametrize("unit", HANDOVER)
+def test_the_command_takes_what_the_unit_makes_of_its_example(unit: str) -> None:
+    text = (TREE / "systemd" / unit).read_text()
+    example = dict(re.findall(r"^#     ([A-Z]+)=(.*)$", text, re.MULTILINE))
+    (command,) = re.findall(r"^ExecStart=\S+ (.*)$", text, re.MULTILINE)
+    whole = re.sub(r"\$\{([A-Z]+)\}", lambda name: shlex.quote(example[name[1]]), command)
+    split = re.sub(r"\$([A-Z]+)", lambda name: example[name[1]], whole)  # at white space; quotes are respected
+    options = cli._parser().parse_args(shlex.split(split.replace("%i", "NAME")))
+    disks = options.images if options.command == "offer" else options.overlays
+    assert [Path(path).stem for path in disks] == ["vda", "vdb"]
+    assert options.state == f"/var/lib/nbdstream/{options.command}-NAME"
+    assert (options.on_fence if options.command == "offer" else options.on_accept).endswith(" vm7")

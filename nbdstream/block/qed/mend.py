@@ -2,7 +2,8 @@
 
 Two things are wrong with entries. Those that lead nowhere can be read by nobody: they become UNALLOCATED, and which
 parts of the disk were given up is told. Those that lead to what is in use already get a copy of it of their own: both
-read as they did, and a write to one no longer changes the other.
+read as they did, and a write to one no longer changes the other. Where data lies in a table's place, the table gets the
+copy: what is no entry in it may be data.
 
 Order: an entry is changed only when what it will lead to is durable, so a power cut leaves each as it was or as it is
 to be. Everything here blocks.
@@ -16,17 +17,27 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from bitarray.util import zeros
+
 from nbdstream.block.qed.tables import write_entries
 from nbdstream.block.qed.walk import Walk
 from nbdstream.block.worker import pread_exact, pwrite_all
 from nbdstream.errors import ImageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from bitarray import bitarray
+
     from nbdstream.block.qed.layout import Header
 
 MOST_COPIES = 1 << 20
 """Clusters that are copied at most. A wrong entry for a whole table needs 32768 at the default geometry; what needs a
 million is no damage but a construction, which would fill the disk."""
+
+_SMALL_BYTES = 64 << 20
+"""An accident may double a file; one that is smaller than this may become larger by so much, since what one wrong entry
+leads to can be most of it."""
 
 MOST_TABLES = 1024
 """L2 tables that are copied at most: as many as a damaged sector of the L1 table has entries, sixteen times."""
@@ -61,12 +72,23 @@ class Ranges:
             self.kept.append(Range(offset, length))
 
 
-def drop_bad_entries(fd: int, header: Header) -> Ranges:
+def find_shared(fd: int, header: Header) -> bitarray:
+    """Return a bit for each cluster of the file: whether an L2 table lies there, or should, and data as well.
+
+    Raises ImageError if it is too much.
+    """
+    walk = _FindShared(fd, header)
+    walk.run()
+    return walk.shared
+
+
+def drop_bad_entries(fd: int, header: Header, shared: bitarray) -> Ranges:
     """Make UNALLOCATED what leads nowhere, durably; return what of the disk could not be read because of it.
 
-    :func:`measure_doubles` must have found that it is not too much: all tables are read. Raises OSError.
+    :func:`measure_doubles` must have found that it is not too much: all tables are read, ``shared`` is from
+    :func:`find_shared`. Raises OSError.
     """
-    walk = _DropBad(fd, header)
+    walk = _DropBad(fd, header, shared)
     walk.run()
     walk.write()
     if walk.dropped:
@@ -74,21 +96,21 @@ def drop_bad_entries(fd: int, header: Header) -> Ranges:
     return walk.lost
 
 
-def measure_doubles(fd: int, header: Header) -> int:
+def measure_doubles(fd: int, header: Header, shared: bitarray) -> int:
     """Return by how many bytes :func:`part_doubles` lets the file grow. Raises ImageError if it is too much."""
-    walk = _PartDoubles(fd, header, dry=True)
+    walk = _PartDoubles(fd, header, shared, dry=True)
     walk.run()
     return walk.growth
 
 
-def part_doubles(fd: int, header: Header) -> Ranges:
+def part_doubles(fd: int, header: Header, shared: bitarray) -> Ranges:
     """Give all that is used twice a copy of its own, durably; return what of the disk was copied.
 
     No entry may lead nowhere (see :func:`drop_bad_entries`), but for those in tables that are used twice: they are
     dropped in the copies. Raises ImageError where there is too much to copy, OSError where there is no room; nothing
     has changed then.
     """
-    walk = _PartDoubles(fd, header)
+    walk = _PartDoubles(fd, header, shared)
     size = walk.file_size
     try:
         walk.run()
@@ -100,7 +122,49 @@ def part_doubles(fd: int, header: Header) -> Ranges:
     return walk.copied
 
 
+class _FindShared(Walk):
+    """Compares where the L1 table says that tables are with where these say that data is."""
+
+    def __init__(self, fd: int, header: Header) -> None:
+        super().__init__(fd, header)
+        self.shared = zeros(len(self.used))
+        self._taken = 0
+        self._tables = zeros(len(self.used))
+
+    def run(self) -> None:
+        l1 = self.header.l1_table_offset
+        for _, entries in self._read_table(l1, {}):
+            for entry in filter(None, entries):
+                if self.geometry.valid_table_offset(entry, self.file_size):
+                    self._tables[self.clusters_of_table(entry)] = 1
+        self._tables[self.clusters_of_table(l1)] = 0  # it stays where it is, whatever else is there
+        super().run()
+
+    def taken_table(self, index: int, entry_offset: int, entry: int, overlap: int) -> None:
+        self._taken += 1
+        _check_amount(self, self._taken, self._taken * self.header.table_size)
+        self._look_at(read_table(self._fd, self.header, entry))
+
+    def entries_found(self, cluster: int, entries: array[int], places: list[int]) -> None:
+        self._look_at(places)
+
+    def _look_at(self, places: Iterable[int]) -> None:
+        for place in places:
+            if self.geometry.valid_cluster_offset(place, self.file_size):
+                number = place >> self.cluster_shift
+                self.shared[number] |= self._tables[number]
+
+
 class _Mending(Walk):
+    def __init__(self, fd: int, header: Header, shared: bitarray) -> None:
+        """``shared`` is what :func:`find_shared` finds."""
+        super().__init__(fd, header)
+        self._shared = shared
+
+    def take_table(self, offset: int) -> int:
+        """Leave the place to the data that lies there, if any does."""
+        return self._shared[self.clusters_of_table(offset)].count() or super().take_table(offset)
+
     def part_of_disk(self, cluster: int, count: int) -> Range:
         """Return which part of the disk clusters are: of length 0 if they lie behind its end."""
         size = self.header.cluster_size
@@ -111,8 +175,8 @@ class _Mending(Walk):
 class _DropBad(_Mending):
     """Collects bad entries, and writes zeroes over them."""
 
-    def __init__(self, fd: int, header: Header) -> None:
-        super().__init__(fd, header)
+    def __init__(self, fd: int, header: Header, shared: bitarray) -> None:
+        super().__init__(fd, header, shared)
         self.lost = Ranges()
         self.dropped = 0
         self._offsets: list[int] = []
@@ -151,9 +215,9 @@ class _DropBad(_Mending):
 class _PartDoubles(_Mending):
     """Makes copies behind the end of the file, and remembers which entries are to lead to them."""
 
-    def __init__(self, fd: int, header: Header, *, dry: bool = False) -> None:
+    def __init__(self, fd: int, header: Header, shared: bitarray, *, dry: bool = False) -> None:
         """With ``dry`` nothing is written."""
-        super().__init__(fd, header)
+        super().__init__(fd, header, shared)
         self.copied = Ranges()
         self._dry = dry
         self._end = self.file_size >> self.cluster_shift
@@ -201,10 +265,7 @@ class _PartDoubles(_Mending):
     def _append(self, count: int) -> int:
         """Return the place of new clusters behind the end of the file."""
         self._copies += count
-        if self._tables > MOST_TABLES or self._copies > min(MOST_COPIES, self.file_size >> self.cluster_shift):
-            raise ImageError(
-                "the tables are tangled: more would have to be copied than there is, or than an accident explains"
-            )
+        _check_amount(self, self._tables, self._copies)
         place = self._end << self.cluster_shift
         self._end += count
         return place
@@ -228,6 +289,15 @@ class _PartDoubles(_Mending):
         if self._copies:
             write_entries(self._fd, zip(self._entry_offsets, self._entries, strict=True))
             os.fdatasync(self._fd)
+
+
+def _check_amount(walk: Walk, tables: int, clusters: int) -> None:
+    """Raise ImageError if it is too much to copy so many tables, and clusters in all."""
+    there_is = max(walk.file_size, _SMALL_BYTES) >> walk.cluster_shift
+    if tables > MOST_TABLES or clusters > min(MOST_COPIES, there_is):
+        raise ImageError(
+            "the tables are tangled: more would have to be copied than there is, or than an accident explains"
+        )
 
 
 def read_table(fd: int, header: Header, offset: int) -> array[int]:

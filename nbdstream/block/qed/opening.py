@@ -21,7 +21,7 @@ from nbdstream.block.qed.layout import (
     encode_backing_name,
 )
 from nbdstream.block.qed.marks import AUTOCLEAR_MARKS, Marks
-from nbdstream.block.qed.mend import drop_bad_entries, measure_doubles
+from nbdstream.block.qed.mend import drop_bad_entries, find_shared, measure_doubles
 from nbdstream.block.qed.record import AUTOCLEAR_RECORD, Link, Record
 from nbdstream.block.qed.replay import recorded_links, replay
 from nbdstream.block.qed.space import Space
@@ -122,6 +122,7 @@ def _look_through(fd: int, path: str, *, writable: bool, marked: bool) -> OpenFi
     scan.run()
     space = Space.of_used(header.cluster_size, scan.used)
     os.ftruncate(fd, space.end)  # the tail that nothing refers to: what a crash left
+    extension = extension or _introduce(fd, header, backing_name)
     uuid = extension.image_uuid if extension else None
     record = Record.create(fd, uuid) if uuid else None
     marks = Marks.open(fd, header, uuid, scan.allocated) if marked and backing_name is not None else None
@@ -136,11 +137,24 @@ def _look_through(fd: int, path: str, *, writable: bool, marked: bool) -> OpenFi
     return OpenFile(fd, ours, extension, backing_name, tables, space, scan.allocated, scan.zeroes, record, [], marks)
 
 
+def _introduce(fd: int, header: Header, backing_name: str | None) -> Extension | None:
+    """Give an image that another program made an identity, which its record and its marks are bound to.
+
+    Only where its header has room that nobody uses. It becomes durable with the header.
+    """
+    if not header.has_extension_area or any(pread_exact(fd, EXTENSION_BYTES, EXTENSION_OFFSET)):
+        return None
+    extension = Extension.new(backing_name or "")
+    pwrite_all(fd, extension.pack(), EXTENSION_OFFSET)
+    return extension
+
+
 def _drop_what_was_not_finished(fd: int, path: str, header: Header) -> None:
     """Do what NEED_CHECK asks for: entries whose clusters a crash kept from the file are made UNALLOCATED."""
-    if measure_doubles(fd, header):
+    shared = find_shared(fd, header)
+    if measure_doubles(fd, header, shared):
         raise ImageError(_USED_TWICE)  # no crash of QEMU's does that
-    lost = drop_bad_entries(fd, header)
+    lost = drop_bad_entries(fd, header, shared)
     if lost.bytes:
         where = ", ".join(f"{part.offset}+{part.length}" for part in lost.kept[:_SHOWN_RANGES])
         more = ", ..." if len(lost.kept) > _SHOWN_RANGES else ""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from nbdstream.block.qed.check import CheckResult, check
 from nbdstream.block.qed.compact import compact
 from nbdstream.block.qed.layout import FEATURE_NEED_CHECK, Header
-from nbdstream.block.qed.mend import Ranges, drop_bad_entries, measure_doubles, part_doubles
+from nbdstream.block.qed.mend import Ranges, drop_bad_entries, find_shared, measure_doubles, part_doubles
 from nbdstream.block.qed.opening import read_header_of, write_header
 from nbdstream.block.qed.record import remove_record
 from nbdstream.block.qed.replay import recorded_links, replay
@@ -62,15 +62,16 @@ def repair(fd: int, *, leaks_only: bool = False) -> RepairResult:
     if not found.status and not header.needs_check and not links:
         return result
     if found.corruptions and not leaks_only:
-        _check_room(fd, measure_doubles(fd, header))
+        shared = find_shared(fd, header)
+        _check_room(fd, measure_doubles(fd, header, shared))
     if header.autoclear_features:  # what others promised there, and the record, is not kept up from here on
         header = header.without_autoclear()
         write_header(fd, header)
     if extension:
         remove_record(fd, extension.image_uuid)
     if found.corruptions and not leaks_only:
-        result.lost = drop_bad_entries(fd, header)
-        result.copied = part_doubles(fd, header)
+        result.lost = drop_bad_entries(fd, header, shared)
+        result.copied = part_doubles(fd, header, shared)
         result.left = check(fd)
     if not result.left.corruptions:
         if result.left.leaks:

@@ -109,10 +109,14 @@ class Walk:
 
     # -- walking ----------------------------------------------------------------------------------------------
 
+    def clusters_of_table(self, offset: int) -> slice:
+        """Return which clusters of the file a table has that lies at ``offset``."""
+        first = offset >> self.cluster_shift
+        return slice(first, first + self.header.table_size)
+
     def take_table(self, offset: int) -> int:
         """Mark the clusters of a table as used. Return how many of them were already."""
-        first = offset >> self.cluster_shift
-        clusters = slice(first, first + self.header.table_size)
+        clusters = self.clusters_of_table(offset)
         overlap = self.used[clusters].count()
         self.used[clusters] = 1
         return overlap

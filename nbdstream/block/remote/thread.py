@@ -394,8 +394,10 @@ class RemoteThread:
         self._abandon_all(_cancelled)
         self._store.close()  # what was received is stored
         while command := self._mailbox.take():
-            command.error = _cancelled()
-            self._finish(command)
+            if not command.taken_up:  # else it is one in a hurry, which has been told of
+                command.taken_up = True
+                command.error = _cancelled()
+                self._finish(command)
         self._mailbox.close()
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nbdstream.block.overlay import Overlay
 from nbdstream.block.qed import record
@@ -16,9 +19,6 @@ from nbdstream.block.qed.marks import AUTOCLEAR_MARKS
 from nbdstream.block.qed.opening import create_file, read_header
 from nbdstream.block.raw import RawImage
 from tests.support import qed
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CLUSTER = 65536
 CLUSTERS = 64
@@ -67,7 +67,7 @@ class Opened:
 
     async def hydrate(self, cluster: int) -> None:
         place, _ = self.image.allocate(cluster, 1)
-        await self.image.write(place, [b"\x11" * CLUSTER])
+        await self.image.write(place, [b"\x11" * self.image.cluster_size])
         self.overlay.adopt(cluster, place, 1, 0)
         await self.image.linked()
 
@@ -210,9 +210,22 @@ async def test_an_image_without_room_for_them_keeps_them_while_it_is_open(
     tmp_path: Path, backing: str, memory: Path
 ) -> None:
     path = str(tmp_path / "qemus.qed")
+    qed.create(path, CLUSTERS * CLUSTER, backing=backing, cluster_size=4096)
+    opened = await Opened.open(path, backing)
+    await opened.hydrate(5)
+    await opened.overlay.write(20 * 4096, b"x" * 2 * 4096)
+    await opened.overlay.write(30 * 4096 + 7, b"a part")
+    assert opened.written == [20, 21, 30]
+    await opened.close()
+    assert await written_at_next_open(path, backing) == [5, 20, 21, 30]
+    assert qed.qemu_check(path).status == 0
+
+
+async def test_an_image_that_qemu_made_has_them(tmp_path: Path, backing: str) -> None:
+    path = str(tmp_path / "qemus.qed")
     qed.create(path, CLUSTERS * CLUSTER, backing=backing)
     await (await worked(path, backing)).close()
-    assert await written_at_next_open(path, backing) == EVERYTHING
+    assert await written_at_next_open(path, backing) == THE_GUESTS
     assert qed.qemu_check(path).status == 0
 
 
@@ -264,3 +277,25 @@ async def test_a_disk_with_more_marks_than_a_cluster_holds(tmp_path: Path, backi
     await opened.close()
     assert await written_at_next_open(path, backing) == [last // CLUSTER]
     assert qed.qemu_check(path).corruptions == 0
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(head=st.binary(max_size=64), length=st.integers(0, 1 << 20))
+def test_a_file_in_memory_that_is_no_mark_of_this_image_marks_everything(
+    path: str, backing: str, memory: Path, head: bytes, length: int
+) -> None:
+    async def damaged() -> list[int]:
+        await (await worked(path, backing)).kill()
+        (name,) = [name for name in os.listdir(memory) if name.startswith("nbdmarks")]
+        with open(memory / name, "r+b") as file:
+            file.write(head)
+            file.truncate(length)
+        return await written_at_next_open(path, backing)
+
+    before = Path(path).read_bytes()
+    try:
+        assert set(asyncio.run(damaged())) >= set(THE_GUESTS)
+    finally:
+        with open(path, "r+b") as file:
+            file.write(before)
+            file.truncate(len(before))

@@ -378,6 +378,25 @@ def test_a_damaged_extension_is_none(tmp_path: Path) -> None:
     assert look(path).extension is None
 
 
+def test_an_image_that_qemu_made_gets_an_identity_when_it_is_written_to(tmp_path: Path) -> None:
+    path = qed.create(str(tmp_path / "image"), 1 << 20, backing="nbd://host/disk")
+    assert look(path, writable=False).extension is None
+    given = look(path).extension
+    assert given is not None
+    assert (given.origin, given.origin_size) == ("nbd://host/disk", 0)
+    qed.qemu_img("rebase", "-u", "-f", "qed", "-b", "", path)
+    qed.qemu_io(path, "write -P 7 0 64k")
+    assert look(path).extension == given
+    assert qed.qemu_check(path).status == 0
+
+
+def test_what_somebody_else_keeps_in_the_header_stays(tmp_path: Path) -> None:
+    path = qed.create(str(tmp_path / "image"), 1 << 20)
+    qed.RawImage(path).put(EXTENSION_OFFSET + 8000, 12345)
+    assert look(path).extension is None
+    assert qed.RawImage(path).get(EXTENSION_OFFSET + 8000) == 12345
+
+
 def test_a_file_that_exists_is_not_made_anew(path: str) -> None:
     before = content_of(path)
     with pytest.raises(ImageError, match="exists"):

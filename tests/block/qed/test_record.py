@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nbdstream.block.overlay import Overlay
@@ -23,7 +25,6 @@ from tests.support.qed import qemu_check, qemu_io
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
     from typing import BinaryIO
 
 CLUSTER = 65536
@@ -248,3 +249,54 @@ def test_what_killed_owners_leave_shrinks_to_what_it_notes(image: BinaryIO, tmp_
     assert read_record(image.fileno(), left_over) == [(1, 10), (2, 20)]
     other.close()
     os.unlink(path)
+
+
+# -- what is in it is not believed ----------------------------------------------------------------------------------
+
+
+class Left:
+    """What a killed owner left, which can be put back as it was: the image and its record."""
+
+    def __init__(self, path: Path) -> None:
+        killed_owner(path)
+        (self.record,) = records(path)
+        self._path = path
+        self._image = path.read_bytes()
+        self.noted = Path(self.record).read_bytes()
+
+    def put_back(self, record: bytes) -> None:
+        with open(self._path, "r+b") as file:  # the same inode
+            file.write(self._image)
+            file.truncate(len(self._image))
+        with open(os.open(self.record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(record)
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Left:
+    return Left(tmp_path / "o")
+
+
+HEADS = [*range(80), *range(4096, 4096 + 42 * 24), *range(4096 + (24 << 16), 4096 + (24 << 16) + 48)]
+"""Where a record says something: its header, and the links in its halves."""
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(changes=st.lists(st.tuples(st.sampled_from(HEADS), st.binary(min_size=1, max_size=32)), max_size=4),
+       length=st.one_of(st.none(), st.integers(0, 5 << 20)))  # fmt: skip
+def test_a_damaged_record_is_refused_or_links_only_what_was_noted(
+    left: Left, tmp_path: Path, changes: list[tuple[int, bytes]], length: int | None
+) -> None:
+    damaged = bytearray(left.noted)
+    for place, data in changes:
+        damaged[place : place + len(data)] = data
+    left.put_back(bytes(damaged) if length is None else bytes(damaged[:length]).ljust(length, b"\xff"))
+    try:
+        found = asyncio.run(contents(tmp_path / "o"))
+    except ImageError:
+        os.unlink(left.record)
+        found = asyncio.run(contents(tmp_path / "o"))
+    whole = expected()
+    for start in range(0, SIZE, CLUSTER):
+        part = slice(start, start + CLUSTER)
+        assert (found[part] in (whole[part], BELOW[part])) is True, f"cluster {start // CLUSTER}"

@@ -163,6 +163,19 @@ async def test_attempts_become_rarer_while_they_are_in_vain(source: Source, monk
 # What is in a hurry, and what memory there is.
 
 
+async def test_a_copy_in_a_hurry_that_is_given_up_is_told_of_once(source: Source, directory: str) -> None:
+    export = await RemoteExport.connect(source.uri, connections=1)
+    told: list[OSError | None] = []
+    with tempfile.TemporaryFile(dir=directory) as file:
+        export._thread._stopping = True  # what comes now is not taken up any more
+        copy = export.copy_soon(0, MIB, file.fileno(), 0, lambda _zero, error: told.append(error))
+        export.hurry(copy)
+        await export.close()
+    (error,) = told
+    assert error
+    assert error.errno == errno.ECANCELED
+
+
 async def test_a_copy_in_a_hurry_overtakes_the_others(directory: str) -> None:
     source = Source(directory, delay="50ms")
     export = await RemoteExport.connect(source.uri, connections=1, memory=2 * MIB)
