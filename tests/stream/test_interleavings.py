@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from bitarray import bitarray
 
     from nbdstream.block.device import Buffer
-    from nbdstream.block.remote.export import CopyDone
+    from nbdstream.block.remote.export import CopyArrived, CopyDone
 
 T = TypeVar("T")
 
@@ -181,14 +181,19 @@ class StepSource(Source):
         zero_unit: int,
         urgent: bool,
         wanted: Callable[[], bool],
+        arrived: CopyArrived | None = None,
     ) -> SourceRequest:
-        def job() -> None:
-            data = self._data[offset : offset + length]
+        data = self._data[offset : offset + length]
+
+        def store() -> None:
             zero = zero_mask(bytearray(data), 0, length, zero_unit)
             os.pwrite(fd, data, place)
             done(zero, None)
 
-        self._queues.put(f"copy {next(self._numbers)}", job)
+        number = next(self._numbers)
+        if urgent and arrived:
+            self._queues.put(f"copy {number}", lambda: arrived(memoryview(data), None))
+        self._queues.put(f"copy {number}", store)
         return SourceRequest(lambda *_: None, lambda error: done(None, error), urgent=urgent, wanted=wanted)
 
 
