@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 from nbdstream.cli import arguments
 from nbdstream.cli.arguments import UsageError
 from nbdstream.cli.control import add_control
+from nbdstream.cli.fetching import add_fetching, source_options
 from nbdstream.cli.listening import is_loopback
 from nbdstream.cli.running import either, stop_signals
 from nbdstream.cli.states import control_sockets
 from nbdstream.handover.destination import DestinationDriver, DestinationOptions, open_destination
 from nbdstream.handover.offer import Offer, OfferError
 from nbdstream.service import notify
-from nbdstream.stream.source import SourceOptions
 from nbdstream.wire.handover.vocabulary import Phase
 
 if TYPE_CHECKING:
@@ -54,22 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the guest's unix sockets, one for each disk",
     )
     parser.add_argument("--state", required=True, metavar="DIR", help="where the journal is kept")
-    parser.add_argument(
-        "-c",
-        "--connections",
-        type=arguments.count(1, 64),
-        default=4,
-        metavar="N",
-        help="NBD connections to the source for each disk (default: 4)",
-    )
-    parser.add_argument(
-        "--rate",
-        type=arguments.size,
-        default=0,
-        metavar="BYTES",
-        help="fetch at most so much per second and disk in the background (default: no limit)",
-    )
-    parser.add_argument("--tls-certificates", metavar="DIR", help="ca-cert.pem, client-cert.pem and client-key.pem")
+    add_fetching(parser)
     parser.add_argument("--on-accept", metavar="CMD", help="start the guest: the disks are owned here from now on")
     add_control(parser)
     arguments.add_socket_access(parser)
@@ -87,11 +72,12 @@ async def run(options: argparse.Namespace) -> int:
         journal, contents = await asyncio.to_thread(open_destination, options.state, offer, options.overlays)
         settings = DestinationOptions(
             sockets=options.unix,
-            source=SourceOptions(connections=options.connections, tls_certificates=options.tls_certificates),
+            source=source_options(options),
             socket_mode=options.socket_mode,
             socket_group=options.socket_group,
             on_accept=options.on_accept,
             speed=options.rate,
+            guest_latency=options.guest_latency,
         )
         driver = DestinationDriver(journal, contents, settings)
         stack.push_async_callback(driver.close)

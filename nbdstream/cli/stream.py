@@ -11,28 +11,28 @@ exit codes:
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
 
-from nbdstream.block.remote.export import DEFAULT_MEMORY, DEFAULT_STALL_SECONDS
 from nbdstream.cli import arguments
 from nbdstream.cli.control import add_control, control_socket
+from nbdstream.cli.fetching import add_fetching, source_options
 from nbdstream.cli.progress import Reporter, bar, json_lines
 from nbdstream.cli.running import either, stop_signals
 from nbdstream.control.commands import Commands
 from nbdstream.control.disk import DiskCommands
 from nbdstream.service import notify
 from nbdstream.stream.disk import DiskStream
-from nbdstream.stream.source import SourceOptions
 from nbdstream.units import format_size
+
+if TYPE_CHECKING:
+    import argparse
 
 log = logging.getLogger(__name__)
 
 _STOPPED_EARLY = 3
-_LEAST_MEMORY = 1 << 20
-"""A fetch asks for so much at most."""
 _REPORTS: dict[str, Reporter] = {"bar": bar, "json": json_lines}
 
 
@@ -42,51 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overlay", metavar="OVERLAY", help="the local QED image")
     parser.add_argument("-U", "--unix", metavar="PATH", help="serve the disk to a guest on this unix socket")
     parser.add_argument(
-        "-c",
-        "--connections",
-        type=arguments.count(1, 64),
-        default=4,
-        metavar="N",
-        help="connections to the source, if it allows several (default: 4)",
-    )
-    parser.add_argument(
-        "--rate",
-        type=arguments.size,
-        default=0,
-        metavar="BYTES",
-        help="fetch at most so much per second in the background (default: no limit)",
-    )
-    parser.add_argument(
-        "--guest-latency",
-        type=arguments.duration,
-        metavar="TIME",
-        help="fetch so gently that 99%% of the guest's requests that need no source take less: 5ms, 800us",
-    )
-    parser.add_argument(
         "--no-job", dest="job", action="store_false", help="serve, but stream nothing before somebody asks for it"
     )
-    parser.add_argument(
-        "--memory",
-        type=arguments.size_from(_LEAST_MEMORY),
-        default=DEFAULT_MEMORY,
-        metavar="BYTES",
-        help=f"for what is on its way from the source (default: {format_size(DEFAULT_MEMORY)})",
-    )
-    lost = parser.add_argument_group("when the source goes away")
-    lost.add_argument(
-        "--on-source-loss",
-        type=_policy,
-        metavar="hold[=TIME]|eio",
-        help="what becomes of requests for what is not local: they wait until it is back (default), or for so long "
-        "and fail then, or fail at once",
-    )
-    lost.add_argument(
-        "--source-timeout",
-        type=arguments.seconds,
-        default=DEFAULT_STALL_SECONDS,
-        metavar="SECONDS",
-        help=f"give up a connection on which an answer is overdue for so long (default: {DEFAULT_STALL_SECONDS:g})",
-    )
+    lost = add_fetching(parser)
     lost.add_argument(
         "--also",
         action="append",
@@ -102,19 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("-p", dest="progress", action="store_const", const="bar", help="the same as --progress bar")
     shown.add_argument("--progress", choices=sorted(_REPORTS), help="show a bar, or a line of JSON a second")
-    parser.add_argument("--tls-certificates", metavar="DIR", help="ca-cert.pem, client-cert.pem and client-key.pem")
     add_control(parser)
     arguments.add_socket_access(parser)
-
-
-def _source_options(options: argparse.Namespace) -> SourceOptions:
-    return SourceOptions(
-        connections=options.connections,
-        tls_certificates=options.tls_certificates,
-        stall=options.source_timeout,
-        memory=options.memory,
-        hold=options.on_source_loss,
-    )
 
 
 async def run(options: argparse.Namespace) -> int:
@@ -129,7 +76,7 @@ async def run(options: argparse.Namespace) -> int:
             socket_mode=options.socket_mode,
             socket_group=options.socket_group,
             also=options.also,
-            options=_source_options(options),
+            options=source_options(options),
             moved=options.rebase,
             job=options.job,
             speed=options.rate,
@@ -151,16 +98,6 @@ async def run(options: argparse.Namespace) -> int:
     if not finished:
         log.warning("stopped before %s was independent: the same command resumes it", options.overlay)
     return 0 if finished else _STOPPED_EARLY
-
-
-def _policy(text: str) -> float | None:
-    """Return for how many seconds requests are held, None for ever."""
-    if text in ("hold", "eio"):
-        return None if text == "hold" else 0.0
-    name, _, time = text.partition("=")
-    if name != "hold":
-        raise argparse.ArgumentTypeError(f"{text!r} is not a policy: say hold, hold=TIME or eio")
-    return arguments.duration(time)
 
 
 async def _stream(disk: DiskStream, stop: asyncio.Event, report: str | None) -> bool:

@@ -60,6 +60,8 @@ class DestinationOptions(NamedTuple):
     on_accept: str | None = None
     speed: int = 0
     """Bytes a second for each disk in the background; 0: no limit."""
+    guest_latency: float | None = None
+    """Of each disk: what 99 % of the guest's requests that need no source shall take at most, seconds."""
 
 
 def open_destination(directory: str, offer: Offer, overlays: Sequence[str]) -> tuple[Journal, DestinationContents]:
@@ -284,7 +286,7 @@ class DestinationDriver(Driver[Destination, DestinationState]):
                         listener(stream)
         elif isinstance(effect, Hydrate):
             for disk in self.disks:
-                disk.hydrate(self._options.speed)
+                disk.hydrate(self._options.speed, self._options.guest_latency)
             self.spawn(self._wait_until_independent())
 
     async def _wait_until_independent(self) -> None:

@@ -115,9 +115,10 @@ class DestinationDisk:
         self._switch.become(self._overlay)
         return stream
 
-    def hydrate(self, speed: int) -> None:
-        """Begin to stream, if anything is remote; ``speed`` is bytes a second, 0 for no limit."""
+    def hydrate(self, speed: int, guest_latency: float | None) -> None:
+        """Begin to stream, if anything is remote; both as :meth:`DiskStream.start` has them."""
         assert self._stream
+        self._stream.guest_latency = guest_latency
         if not self._stream.independent and self._stream.job is None:
             self._stream.start_job(speed=speed)
 

@@ -28,7 +28,7 @@ def seen(*arguments: str, control: str) -> str:
 
 def test_state_exposure_and_progress_are_seen_by_top_and_job_status(tmp_path: Path) -> None:
     destination, source = str(tmp_path / "d.ctl"), str(tmp_path / "s.ctl")
-    options = {"source": ["--control", source], "destination": ["--control", destination]}
+    options = {"source": ["--control", source], "destination": ["--control", destination, "--guest-latency", "1s"]}
     with Hosts(tmp_path, Loopback(), options) as hosts:
         hosts.start("source")
         hosts.start("destination")
@@ -48,6 +48,7 @@ def test_state_exposure_and_progress_are_seen_by_top_and_job_status(tmp_path: Pa
         assert shown.startswith("destination: HYDRATING, epoch 2, connected\n")
         assert "\nonly at the source: " in shown
         assert "\ndisk:    disk0, " in shown
+        assert ask(destination, "query-status")["guest-latency"] == 1
         assert "\njob:     disk0, running, no limit\n" in shown
         assert "W" in shown.splitlines()[-10]
         line = json.loads(seen("top", "--once", "--json", control=destination))
