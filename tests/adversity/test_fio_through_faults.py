@@ -63,6 +63,8 @@ class Faults:
         self._tls = tls
         self._strike: Callable[[Link, Piece], None] = getattr(self, f"_{kind}")
         self._chance = random.Random(seed)
+        self._options = self._chance.randrange(3)
+        """How many options pass before one is struck: each client sends more."""
         self._phases = [*BEFORE_THE_JOB, *OF_THE_JOB]
         if kind == "corrupt":
             self._phases.remove("connecting")  # there is no byte yet
@@ -91,6 +93,8 @@ class Faults:
     def _watch(self, link: Link, piece: Piece) -> None:
         disk = self._pair.disk
         there = disk is not None and disk._hydration is not None and disk._hydration.source.connected
+        if self._phases[:1] == ["negotiation"] and piece.kind in (frames.OPTION, frames.PAYLOAD):
+            self._options -= 1
         if self._phases and self._is_now(self._phases[0], piece, there=there):
             self.struck.append(self._phases.pop(0))
             self._strike(link, piece)
@@ -99,7 +103,7 @@ class Faults:
         now, kind = {
             "connecting": (True, frames.CONNECTION),
             "greeting": (True, frames.GREETING),
-            "negotiation": (self._chance.random() < 0.3, frames.OPTION),
+            "negotiation": (self._options < 0, frames.OPTION),
             "guest fetch": (there, frames.DATA),
             "allocation map": (there, frames.STATUS),
             "hydration": (there, frames.DATA),
