@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _PAYS: Final = 2
 """While we sleep, a client that would be back within the time looks slower than that, by what it costs to wake us."""
 
+_MOST_CAUTION: Final = 1024
+"""Quick requests in a row that are waited for at most: then a look in vain costs some 50 ns a request."""
+
 
 class Polling:
     """Keeps one event loop awake on behalf of all connections that it has."""
@@ -31,13 +34,21 @@ class Polling:
         self._replied = 0
         self._until = 0
         self._pays = False
+        self._quick = 0
+        self._caution = 1
+        """How many requests in a row must have been quick before we look: twice as many after each look in vain."""
         self.awake = False
         """Whether the loop does not sleep now."""
 
     def requested(self) -> None:
         """Learn from requests that arrive whether it pays."""
-        if not self._pays and self._clock() - self._replied < _PAYS * self._longest:
-            self._pays = True
+        if self.awake:
+            self._caution = 1
+        elif self._clock() - self._replied < _PAYS * self._longest:
+            self._quick += 1
+            self._pays = self._quick >= self._caution
+        else:
+            self._quick = 0
 
     def replied(self) -> None:
         """Stay awake for a while, if that pays: the replies have been sent, and nothing is in flight."""
@@ -54,3 +65,5 @@ class Polling:
             self._loop.call_soon(self._look)
         else:
             self.awake = self._pays = False
+            self._quick = 0
+            self._caution = min(2 * self._caution, _MOST_CAUTION)

@@ -89,7 +89,32 @@ async def test_having_looked_in_vain_it_sleeps_until_the_client_is_quick_again(c
     await turns()
     serve(polling, clock, 5 * LONGEST)
     assert not polling.awake
-    serve(polling, clock, LONGEST)  # waking up is a part of that
+    serve(polling, clock, LONGEST, LONGEST)  # waking up is a part of that
+    assert polling.awake
+
+
+async def test_a_client_that_is_a_little_too_slow_is_looked_for_more_and_more_seldom(clock: Clock) -> None:
+    polling = Polling(LONGEST, clock=clock)
+    looks = 0
+    for _ in range(1000):
+        serve(polling, clock, 1000)
+        looks += polling.awake
+        clock.now += LONGEST
+        await turns()
+    assert 5 < looks < 12
+
+
+async def test_one_look_that_pays_makes_up_for_all_in_vain(clock: Clock) -> None:
+    polling = Polling(LONGEST, clock=clock)
+    for _ in range(100):
+        serve(polling, clock, 1000)
+        clock.now += LONGEST
+        await turns()
+    serve(polling, clock, *[1000] * 50)
+    assert polling.awake
+    clock.now += LONGEST
+    await turns()
+    serve(polling, clock, 1000, 1000)
     assert polling.awake
 
 
