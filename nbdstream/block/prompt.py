@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _LONG_SECONDS = 0.001
 """A write that took longer has waited, or somebody else had the processor."""
 
-_WATCH_SECONDS = 1.0
-"""For so long after a long write the next ones are watched: which of the two it is costs a system call to know."""
+_WATCHED = 128
+"""So many writes after a long one are watched: to know which of the two it is costs a system call before each."""
 
 _CAUTION = 4
 """For so many times what a write waited no other is tried: at most a fifth of the time is lost on the loop."""
@@ -39,7 +39,7 @@ class PromptWriter:
         self._fd = fd
         self._length = length
         self._not_before = 0.0
-        self._watch_until = 0.0
+        self._watched = 0
         self.held = 0
         """How many others write to the file, or sync it, in such a way that a write may have to wait for them."""
 
@@ -57,14 +57,17 @@ class PromptWriter:
         begun = time.monotonic()
         if begun < self._not_before:
             return False
-        sleeps = _sleeps() if begun < self._watch_until else -1
+        sleeps = -1
+        if self._watched:
+            self._watched -= 1
+            sleeps = _sleeps()
         try:
             written = os.pwrite(self._fd, data, offset)
         except OSError:
             return False  # a thread will see the same, and tell
         ended = time.monotonic()
         if ended - begun > _LONG_SECONDS:
-            self._watch_until = ended + _WATCH_SECONDS
+            self._watched = _WATCHED
             if 0 <= sleeps < _sleeps():
                 self._not_before = ended + _CAUTION * (ended - begun)
         return written == len(data)
