@@ -193,7 +193,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self._stalled:
             self._compact()
         self._settle()
-        if not (self._in_flight.requests or self.export.device.hydrating):
+        if not (self._in_flight.requests or self.export.device.hydrating or self._transport.get_write_buffer_size()):
             self._polling.replied()
 
     def _serve_batch(self) -> None:
