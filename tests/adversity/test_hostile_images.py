@@ -38,7 +38,8 @@ def cost(tmp_path: Path, *arguments: str) -> Cost:
     measure = (
         "import os, resource, subprocess, sys\n"
         "with open(sys.argv[2], 'w') as said:\n"
-        "    status = subprocess.run(sys.argv[3:], stdout=said, stderr=said).returncode\n"
+        "    command = ['setpriv', '--pdeathsig', 'KILL', '--', *sys.argv[3:]]\n"
+        "    status = subprocess.run(command, stdout=said, stderr=said).returncode\n"
         "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
         "open(sys.argv[1], 'w').write(f'{status} {used.ru_utime + used.ru_stime} {used.ru_maxrss << 10}')\n"
     )
