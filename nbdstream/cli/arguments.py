@@ -117,6 +117,11 @@ def add_socket_access(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--socket-group", metavar="GROUP", help="group of the unix socket")
 
 
+def add_tls_certificates(parser: argparse.ArgumentParser) -> None:
+    """Add --tls-certificates, of a client."""
+    parser.add_argument("--tls-certificates", metavar="DIR", help="ca-cert.pem, client-cert.pem and client-key.pem")
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add --json."""
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="clusters in an L1 or L2 table: 2, 4, 8 or 16 (default: 4)",
     )
-    parser.add_argument("--tls-certificates", metavar="DIR", help="ca-cert.pem, client-cert.pem and client-key.pem")
+    arguments.add_tls_certificates(parser)
 
 
 async def run(options: argparse.Namespace) -> int:

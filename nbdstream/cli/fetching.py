@@ -43,7 +43,7 @@ def add_fetching(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         metavar="BYTES",
         help=f"for what of each disk is on its way from the source (default: {format_size(DEFAULT_MEMORY)})",
     )
-    parser.add_argument("--tls-certificates", metavar="DIR", help="ca-cert.pem, client-cert.pem and client-key.pem")
+    arguments.add_tls_certificates(parser)
     lost = parser.add_argument_group("when the source goes away")
     lost.add_argument(
         "--on-source-loss",

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_format(parser)
     arguments.add_backing_format(parser)
     arguments.add_json(parser)
-    parser.add_argument("--tls-certificates", metavar="DIR", help="ca-cert.pem, client-cert.pem and client-key.pem")
+    arguments.add_tls_certificates(parser)
 
 
 async def run(options: argparse.Namespace) -> int:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from nbdstream.block.overlay import Overlay
 from nbdstream.block.qed.image import QedImage
-from nbdstream.block.qed.layout import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
-from nbdstream.block.qed.opening import create_file, read_header
+from nbdstream.block.qed.opening import read_header
 from nbdstream.errors import ImageError
 from nbdstream.handover.journal import sync_directory
 from nbdstream.handover.manifest import take_stock, write_manifest
@@ -21,8 +20,8 @@ from nbdstream.server.sockets import bind_unix, discard
 from nbdstream.stream.disk import DiskStream
 from nbdstream.stream.events import Listeners
 from nbdstream.stream.hydration import Hydration
-from nbdstream.stream.preparation import check_origin
-from nbdstream.stream.source import Source, SourceOptions, round_up
+from nbdstream.stream.preparation import check_origin, create_empty
+from nbdstream.stream.source import Source, SourceOptions
 
 if TYPE_CHECKING:
     from nbdstream.uri import NbdUri
@@ -80,7 +79,7 @@ class DestinationDisk:
                 remote.connect_later("it is not connected yet")
             else:
                 await remote.connect()
-                await asyncio.to_thread(_create, path, uri, disk.size)
+                await asyncio.to_thread(create_empty, path, uri, disk.size)
             image = await QedImage.open(path, writable=True, marked=True)
             undo.push_async_callback(image.close)
             below = None if image.backing_name is None else remote
@@ -160,17 +159,6 @@ def _exists(path: str, uri: NbdUri, *, owned: bool) -> bool:
     # The export's name is this offer's alone: so is an overlay that was made of it.
     check_origin(path, backing_name or (extension.origin if extension else ""), uri)
     return True
-
-
-def _create(path: str, uri: NbdUri, size: int) -> None:
-    create_file(
-        path,
-        round_up(size),
-        cluster_size=DEFAULT_CLUSTER_SIZE,
-        table_size=DEFAULT_TABLE_SIZE,
-        backing_name=str(uri.canonical()),
-        origin_size=size,
-    )
 
 
 def remove_overlay(path: str, uri: NbdUri) -> None:

@@ -30,7 +30,10 @@ def parse_source(source: str) -> NbdUri:
         raise SourceError(str(error)) from error
 
 
-def _create(path: str, uri: NbdUri, size: int, cluster_size: int, table_size: int) -> None:
+def create_empty(
+    path: str, uri: NbdUri, size: int, cluster_size: int = DEFAULT_CLUSTER_SIZE, table_size: int = DEFAULT_TABLE_SIZE
+) -> None:
+    """Make an overlay of a source of ``size`` bytes, in which nothing is local (*blocking*). Raises ImageError."""
     create_file(
         path,
         round_up(size),
@@ -49,7 +52,7 @@ async def create_overlay(
     remote = Source(uri, options=SourceOptions(connections=1, tls_certificates=tls_certificates))
     try:
         await remote.connect()
-        await asyncio.to_thread(_create, path, uri, remote.size, cluster_size, table_size)
+        await asyncio.to_thread(create_empty, path, uri, remote.size, cluster_size, table_size)
     finally:
         await remote.close()
 
@@ -61,7 +64,7 @@ async def prepare(path: str, uri: NbdUri, source: Source, undo: AsyncExitStack, 
     """
     if not moved and not await asyncio.to_thread(os.path.lexists, path):
         await source.connect()
-        await asyncio.to_thread(_create, path, uri, source.size, DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE)
+        await asyncio.to_thread(create_empty, path, uri, source.size)
         undo.callback(os.unlink, path)
         return True
     header, extension, backing_name = await asyncio.to_thread(read_header, path)

@@ -9,22 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.handover.hosts import HOOKS, Hosts
-from tests.handover.links import Loopback
 from tests.support.processes import nbdstream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    """Both sides, prepared."""
-    with Hosts(tmp_path, Loopback()) as made:
-        made.start("source")
-        made.start("destination")
-        made.until("source", "PREPARED")
-        yield made
 
 
 def handover(hosts: Hosts, verb: str, *arguments: str, side: str = "source", status: int = 0) -> str:

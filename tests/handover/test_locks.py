@@ -5,26 +5,13 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
-import pytest
-
 from nbdstream.handover.journal import SourceSetup, read_journal
-from tests.handover.hosts import Hosts
-from tests.handover.links import Loopback
 from tests.support.processes import Process, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    """Both sides, prepared."""
-    with Hosts(tmp_path, Loopback()) as made:
-        made.start("source")
-        made.start("destination")
-        made.until("source", "PREPARED")
-        yield made
+    from tests.handover.hosts import Hosts
 
 
 def test_a_source_that_finds_a_writer_keeps_its_export_closed_and_says_who_that_is(
