@@ -45,8 +45,10 @@ class BlockDevice(ABC):
     layered: bool = False
     """Whether its extents lie in different layers, or may be remote: there is more to tell than holes and data."""
 
-    hydrating: bool = False
-    """Whether threads of its own are at work to make it independent of a source: they need the processor."""
+    @property
+    def hydrating(self) -> bool:
+        """Whether threads of its own are at work to make it independent of a source: they need the processor."""
+        return False
 
     def read_now(self, offset: int, length: int) -> Sequence[Buffer] | None:
         """Return buffers that together hold the range, or None if that would block.

@@ -430,12 +430,16 @@ class Overlay(BlockDevice):
 
     # -- streaming --------------------------------------------------------------------------------------------
 
+    @property
+    def hydrating(self) -> bool:
+        """Whether somebody keeps what is fetched."""
+        return self.keeper is not None
+
     def begin_streaming(self, keeper: Keeper) -> None:
         """Take all that is unallocated to be remote, and have ``keeper`` keep what is read of it."""
         self.remote = ~self.image.allocated
         self.remote_count = self.remote.count()
         self.keeper = keeper
-        self.hydrating = True
         self.written = self.image.written
 
     def adopt(self, cluster: int, place: int, count: int, zero: int) -> None:
@@ -466,7 +470,6 @@ class Overlay(BlockDevice):
     def become_independent(self) -> None:
         """Forget what is below. No cluster is remote any more."""
         self.below = self.keeper = self.remote = self.written = None
-        self.hydrating = False
 
     # -- describing -------------------------------------------------------------------------------------------
 

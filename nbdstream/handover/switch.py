@@ -38,7 +38,7 @@ class Switch(BlockDevice):
             setattr(self, verb, getattr(device, verb))
 
     @property
-    def hydrating(self) -> bool:  # type: ignore[override]
+    def hydrating(self) -> bool:
         """Whether what it is now hydrates."""
         return self.device.hydrating
 

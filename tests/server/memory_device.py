@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class MemoryDevice(BlockDevice):
     """Blocks in memory. Reads are answered at once unless ``slow`` is set; then they wait for ``gate``."""
 
+    hydrating = False
+
     def __init__(self, data: bytes | int, *, read_only: bool = False, minimum_block: int = 1) -> None:
         self.data = bytearray(data)
         self.size = len(self.data)
