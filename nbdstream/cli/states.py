@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from nbdstream.cli.control import control_socket
 from nbdstream.control.commands import Commands
 from nbdstream.control.disk import DiskCommands
 from nbdstream.control.handover import HandoverCommands
@@ -28,11 +29,9 @@ async def control_sockets(
     stack: AsyncExitStack, driver: SourceDriver | DestinationDriver, options: argparse.Namespace, stop: asyncio.Event
 ) -> None:
     """Take commands in the state directory, and where --control says. Raises ListenError."""
-    servers = [ControlServer(control_path(options.state))]
-    if options.control is not None:
-        servers.append(ControlServer(options.control, mode=options.socket_mode, group=options.socket_group))
-    for server in servers:
-        await stack.enter_async_context(server)
+    servers = [await stack.enter_async_context(ControlServer(control_path(options.state)))]
+    if control := await stack.enter_async_context(control_socket(options)):
+        servers.append(control)
 
     def emit(name: str, data: dict[str, Any]) -> None:
         for server in servers:

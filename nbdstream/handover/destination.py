@@ -281,12 +281,12 @@ class DestinationDriver(Driver[Destination, DestinationState]):
             self._accepted = self._accepted or time.time()
             for disk in self.disks:
                 if disk.stream is None:
-                    stream = disk.allow_writes()
+                    stream = disk.allow_writes(self._options.guest_latency)
                     for listener in self.streaming:
                         listener(stream)
         elif isinstance(effect, Hydrate):
             for disk in self.disks:
-                disk.hydrate(self._options.speed, self._options.guest_latency)
+                disk.hydrate(self._options.speed)
             self.spawn(self._wait_until_independent())
 
     async def _wait_until_independent(self) -> None:

@@ -105,19 +105,23 @@ class DestinationDisk:
         progress = self._stream.progress if self._stream else None
         return progress.length - progress.position if progress else self.disk.size
 
-    def allow_writes(self) -> DiskStream:
-        """From the next request on the guest has the overlay: what it writes is marked, what it reads is kept."""
+    def allow_writes(self, guest_latency: float | None) -> DiskStream:
+        """From the next request on the guest has the overlay: what it writes is marked, what it reads is kept.
+
+        ``guest_latency`` is the objective of the stream, in seconds.
+        """
         listeners = Listeners()
         hydration = Hydration(self._overlay, self._source, listeners) if self._source else None
-        stream = DiskStream(self.path, self._overlay, self._server, hydration, listeners, device=self.device)
+        stream = DiskStream(
+            self.path, self._overlay, self._server, hydration, listeners, guest_latency, device=self.device
+        )
         self._stream = stream
         self._switch.become(self._overlay)
         return stream
 
-    def hydrate(self, speed: int, guest_latency: float | None) -> None:
-        """Begin to stream, if anything is remote; both as :meth:`DiskStream.start` has them."""
+    def hydrate(self, speed: int) -> None:
+        """Begin to stream, if anything is remote; ``speed`` is bytes a second, 0 for no limit."""
         assert self._stream
-        self._stream.guest_latency = guest_latency
         if not self._stream.independent and self._stream.job is None:
             self._stream.start_job(speed=speed)
 
