@@ -121,7 +121,7 @@ class Transmission:
         unpack, header = layout.unpack_from, layout.size
         right_magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         # A flag of extended headers says that a payload follows; a WRITE is plain with or without it.
-        other_flags = ~_PAYLOAD_LEN if extended else -1
+        plain = (0, _PAYLOAD_LEN) if extended else (0,)
         writable = not self._read_only
         position = self.position = start
         while not self.finished:
@@ -141,21 +141,25 @@ class Transmission:
                 msg = f"a request without its magic number ({magic:#010x})"
                 raise ProtocolError(msg)
             position += header
-            # The fast path: a plain READ or WRITE that nothing is wrong with.
-            sound = length <= maximum and offset + length <= size and not (offset | length) & mask
-            if sound and not (command or flags):
-                self.position = position
-                yield 0, 0, cookie, offset, length, None, None
-                continue
+            # The fast path: a plain READ or WRITE that nothing is wrong with, and that is all there.
+            if length <= maximum and offset + length <= size and not (mask and (offset | length) & mask):
+                if not (command or flags):
+                    self.position = position
+                    yield 0, 0, cookie, offset, length, None, None
+                    continue
+                behind = position + length
+                if command == WRITE and flags in plain and writable and length and behind <= end:
+                    self.position = behind
+                    yield command, flags, cookie, offset, length, data[position:behind], None
+                    position = behind
+                    continue
             if command == _DISC:
                 self.position = position
                 self.finished = True
                 return
             # With extended headers a flag says so; but QEMU (10.0) leaves it out with WRITE, whose payload is there.
             carries = command == WRITE or (extended and flags & _PAYLOAD_LEN)
-            if sound and command == WRITE and length and writable and not flags & other_flags:
-                refusal = None
-            elif carries and extended:
+            if carries and extended:
                 refusal = self._refuse_payload(command, flags, offset, length)
             else:
                 refusal = self._refuse(command, flags, offset, length)
