@@ -182,8 +182,9 @@ class Overlay(BlockDevice):
         if entry > ZERO:
             if cluster in image.unlinked and cluster not in image.noted:
                 return False
-            self._mark_written(cluster, cluster + 1)
-            return image.write_at_once(entry + within, data)
+            if self.written is not None:
+                self.written[cluster] = 1
+            return image.prompt.write(data, entry + within)
         if entry == UNALLOCATED and self._is_below(cluster):
             return False
         self._mark_written(cluster, cluster + 1)

@@ -68,12 +68,13 @@ class QedImage:
         self._mapping = self._map_file()
         self.view_now = self._mapping.view_now
         """Returns a view of the file's pages at a place if they are in memory; only to be sent (see Mapping)."""
-        self._prompt = PromptWriter(file.fd, file.space.end)
+        self.prompt = PromptWriter(file.fd, file.space.end)
+        """Writes into a cluster that is allocated before it returns, or says that another way must be used."""
         self._worker = Worker("qed-data", loop)
         self._barriers = Worker("qed-barrier", loop)
         self._epochs = Epochs(
             self._fd, self._tables, self._space, file.header.table_size, self._barriers, self._recycle, file.record,
-            self._prompt,
+            self.prompt,
         )  # fmt: skip
         self.noted = self._epochs.noted
         """Those of ``unlinked`` that a kill -9 of this process does not lose."""
@@ -193,19 +194,15 @@ class QedImage:
         """Return bytes to be looked at, which those of a view must not be. Raises OSError."""
         return await self._worker.run(pread_exact, self._fd, length, place)
 
-    def write_at_once(self, place: int, data: Buffer) -> bool:
-        """Write into a cluster that is allocated before this returns; False: use another way."""
-        return self._prompt.write(data, place)
-
     def write_new_at_once(self, cluster: int, within: int, data: Buffer) -> bool:
         """Allocate a cluster that holds ``data`` in zeroes, map it and note it, before this returns, or do nothing."""
-        if not (self._prompt.ready() and self._epochs.can_note(cluster)):
+        if not (self.prompt.ready() and self._epochs.can_note(cluster)):
             return False
         place = self._space.append_untouched()
         if place is None:
             return False
         # The cluster lies in the file as a whole before anything leads there.
-        if not (self._prompt.lengthen(place + self.cluster_size) and self._prompt.write(data, place + within)):
+        if not (self.prompt.lengthen(place + self.cluster_size) and self.prompt.write(data, place + within)):
             self._space.release(place)
             return False
         self._epochs.add(cluster, place)
@@ -351,7 +348,7 @@ class QedImage:
 
         This is done on the loop: nobody may be given a place behind the end before the file has been cut.
         """
-        self._prompt.cut(self._space.end)
+        self.prompt.cut(self._space.end)
         self._space.cut()
 
     # -- the header, closing ----------------------------------------------------------------------------------
