@@ -70,6 +70,11 @@ class Mailbox:
         """Return the next command."""
         return self._inbox.popleft() if self._inbox else None
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is another command."""
+        return bool(self._inbox)
+
     def sleep(self, milliseconds: float | None) -> list[tuple[int, int]]:
         """Poll the watched descriptors, no longer than until the next command or wake-up; return their events."""
         self._asleep = True

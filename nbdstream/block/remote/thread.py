@@ -131,11 +131,21 @@ class RemoteThread:
         self._accept()
         self._send()
         self._mailbox.tell()
-        for fd, revents in self._mailbox.sleep(0 if self._stopping else self._idle_milliseconds()):
+        events = self._mailbox.sleep(0 if self._stopping else self._idle_milliseconds())
+        free = self._ready[0].fd if self._ready else -1
+        for fd, revents in sorted(events, key=lambda event: event[0] != free):
             if handle := self._by_fd.get(fd):
                 self._notify(handle, revents)
+                self._attend()
         self._expire()
         self._mailbox.tell()
+
+    def _attend(self) -> None:
+        """Between one connection's bulk data and the next: pass on what has arrived, and send what is urgent."""
+        self._mailbox.tell()
+        if self._mailbox.waiting:
+            self._accept()
+            self._send_urgent()
 
     # Connecting.
 
@@ -230,22 +240,29 @@ class RemoteThread:
             self._bulk = deque(piece for piece in self._bulk if piece.command is not command)
 
     def _send(self) -> None:
-        """Spread what is queued over the connections."""
-        used = set()
+        """Spread what is queued over the connections; bulk data only until somebody asks for something."""
         self._starved = False
+        self._send_urgent()
+        used = set()
+        while (
+            self._bulk
+            and not self._mailbox.waiting
+            and (handle := _least_loaded(self._bulk_handles(), IN_FLIGHT))
+            and self._has_memory(self._bulk[0].command, BULK_SHARE)
+        ):
+            self._submit(self._bulk.popleft(), handle)
+            used.add(handle)
+        for handle in used.intersection(self._ready):
+            self._settle(handle)
+
+    def _send_urgent(self) -> None:
+        used = set()
         while (
             self._urgent
             and (handle := _least_loaded(self._ready, IN_FLIGHT_URGENT))
             and self._has_memory(self._urgent[0].command, 1.0)
         ):
             self._submit(self._urgent.popleft(), handle)
-            used.add(handle)
-        while (
-            self._bulk
-            and (handle := _least_loaded(self._bulk_handles(), IN_FLIGHT))
-            and self._has_memory(self._bulk[0].command, BULK_SHARE)
-        ):
-            self._submit(self._bulk.popleft(), handle)
             used.add(handle)
         for handle in used.intersection(self._ready):
             self._settle(handle)
