@@ -23,7 +23,7 @@ from nbdstream.block.qed.layout import (
 from nbdstream.block.qed.marks import AUTOCLEAR_MARKS, Marks
 from nbdstream.block.qed.mend import drop_bad_entries, find_shared, measure_doubles
 from nbdstream.block.qed.record import AUTOCLEAR_RECORD, Link, Record
-from nbdstream.block.qed.replay import recorded_links, replay
+from nbdstream.block.qed.replay import links_to_replay, recorded_links, replay
 from nbdstream.block.qed.space import Space
 from nbdstream.block.qed.tables import ZERO, Tables
 from nbdstream.block.qed.walk import MOST_CLUSTERS, Walk
@@ -113,10 +113,11 @@ def _look_through(fd: int, path: str, *, writable: bool, marked: bool) -> OpenFi
         whole = Space(header.cluster_size, os.fstat(fd).st_size // header.cluster_size * header.cluster_size)
         return OpenFile(fd, header, extension, backing_name, tables, whole, bitarray(), bitarray(), None, links, None)
     os.fdatasync(fd)  # links that a kill -9 left unsynced would not be covered by our barriers
+    links = links_to_replay(fd, header, extension)
     if header.needs_check:
         _drop_what_was_not_finished(fd, path, header)
     tables = Tables.load(fd, header)
-    if links := recorded_links(fd, header, extension):
+    if links:
         replay(fd, header, tables, links)
     scan = _Scan(fd, header)
     scan.run()

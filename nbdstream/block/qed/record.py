@@ -74,7 +74,7 @@ class Record:
     @classmethod
     def create(cls, fd: int, uuid: UUID) -> Record | None:
         """Make an empty record for the image open at ``fd``, or return None where there is no room for one."""
-        path = _path(fd, uuid)
+        path = record_path(fd, uuid)
         _shrink_left_over()
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -208,12 +208,18 @@ def _shrink(path: str) -> None:
         os.close(own)
 
 
+def record_path(fd: int, uuid: UUID) -> str:
+    """Return where the record is of the image at ``fd``, if there is one."""
+    about = os.fstat(fd)
+    return f"{DIRECTORY}/{_PREFIX}{uuid}-{about.st_dev:x}-{about.st_ino:x}"
+
+
 def read_record(fd: int, uuid: UUID) -> list[Link]:
     """Return the links that a killed owner of the image at ``fd`` left behind, in the order to link them.
 
     Raises ImageError if there is a record that is another user's, or cannot be read.
     """
-    path = _path(fd, uuid)
+    path = record_path(fd, uuid)
     try:
         own = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -238,7 +244,7 @@ def read_record(fd: int, uuid: UUID) -> list[Link]:
 def remove_record(fd: int, uuid: UUID) -> None:
     """Remove the record of the image at ``fd``, if there is one: everything that it notes is in the file."""
     with contextlib.suppress(OSError):
-        os.unlink(_path(fd, uuid))
+        os.unlink(record_path(fd, uuid))
 
 
 def _links(data: bytes, start: int, generation: int) -> list[Link]:
@@ -252,11 +258,6 @@ def _links(data: bytes, start: int, generation: int) -> list[Link]:
 
 def _check(cluster: int, entry: int, generation: int) -> int:
     return cluster ^ entry ^ (generation * _MIX & _MASK)
-
-
-def _path(fd: int, uuid: UUID) -> str:
-    about = os.fstat(fd)
-    return f"{DIRECTORY}/{_PREFIX}{uuid}-{about.st_dev:x}-{about.st_ino:x}"
 
 
 def _identity(fd: int, uuid: UUID) -> tuple[bytes, bytes, int, int]:

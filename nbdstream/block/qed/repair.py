@@ -15,7 +15,7 @@ from nbdstream.block.qed.layout import FEATURE_NEED_CHECK, Header
 from nbdstream.block.qed.mend import Ranges, drop_bad_entries, find_shared, measure_doubles, part_doubles
 from nbdstream.block.qed.opening import read_header_of, write_header
 from nbdstream.block.qed.record import remove_record
-from nbdstream.block.qed.replay import recorded_links, replay
+from nbdstream.block.qed.replay import links_to_replay, replay
 from nbdstream.block.qed.tables import Tables
 from nbdstream.errors import ImageError
 
@@ -53,7 +53,7 @@ def repair(fd: int, *, leaks_only: bool = False) -> RepairResult:
     """
     header, extension, _ = read_header_of(fd)
     os.fdatasync(fd)
-    if links := recorded_links(fd, header, extension):
+    if links := links_to_replay(fd, header, extension):
         replay(fd, header, Tables.load(fd, header, strict=False), links)
     found = check(fd)
     result = RepairResult(found, found)

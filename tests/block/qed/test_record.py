@@ -17,14 +17,16 @@ from hypothesis import strategies as st
 
 from nbdstream.block.overlay import Overlay
 from nbdstream.block.qed.image import QedImage
-from nbdstream.block.qed.opening import create_file, read_header
+from nbdstream.block.qed.opening import create_file, open_file, read_header
 from nbdstream.block.qed.record import DIRECTORY, Record, read_record
+from nbdstream.block.qed.repair import repair
 from nbdstream.errors import ImageError
+from tests.support.crash import Image
 from tests.support.memory import MemoryDevice
 from tests.support.qed import qemu_check, qemu_io
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import BinaryIO
 
 CLUSTER = 65536
@@ -300,3 +302,73 @@ def test_a_damaged_record_is_refused_or_links_only_what_was_noted(
     for start in range(0, SIZE, CLUSTER):
         part = slice(start, start + CLUSTER)
         assert (found[part] in (whole[part], BELOW[part])) is True, f"cluster {start // CLUSTER}"
+
+
+PLACES = ["header", "L1 table", "L2 table", "end of the L2 table", "other cluster", "other link"]
+
+
+class Noted:
+    """An image with data in its first two clusters, and room for two more; and whoever opens it finds a record."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        create_file(str(path), SIZE, cluster_size=CLUSTER, table_size=4, backing_name="nbd://nowhere")
+        asyncio.run(self._fill())
+        opened = open_file(str(path), lambda _fd: None, writable=True)
+        assert opened.record
+        self._record, self._fd = opened.record, opened.fd
+        os.truncate(path, opened.space.end + 2 * CLUSTER)
+        self.room = [opened.space.end, opened.space.end + CLUSTER]
+        l1, l2 = opened.header.l1_table_offset, opened.tables.l1[0]
+        self.data = Image(path.read_bytes()).mapped
+        in_use = [CLUSTER, l1, l2, l2 + 3 * CLUSTER, self.data[1], self.room[0]]
+        self.places = dict(zip(PLACES, in_use, strict=True))
+
+    async def _fill(self) -> None:
+        overlay = Overlay(await QedImage.open(str(self._path), writable=True), MemoryDevice(BELOW))
+        await overlay.write(0, b"0" * CLUSTER + b"1" * CLUSTER)
+        await overlay.close()
+
+    def killed(self, *links: tuple[int, int]) -> Path:
+        """Leave the image as an owner does that is killed when these links are noted."""
+        for link in links:
+            self._record.note(*link)
+        self._record._memory.close()
+        os.close(self._record._fd)
+        os.close(self._fd)
+        return self._path
+
+
+@pytest.fixture
+def noted(tmp_path: Path) -> Noted:
+    return Noted(tmp_path / "o")
+
+
+def reopened(path: Path) -> None:
+    asyncio.run(contents(path))
+
+
+def repaired(path: Path) -> None:
+    with path.open("r+b") as file:
+        repair(file.fileno())
+
+
+@pytest.mark.parametrize("command", [reopened, repaired])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_record_that_leads_to_what_is_in_use_is_refused_before_anything_is_written(
+    noted: Noted, place: str, command: Callable[[Path], None]
+) -> None:
+    path = noted.killed((7, noted.room[0]), (6, noted.places[place]))
+    before = path.read_bytes()
+    (record,) = records(path)
+    with pytest.raises(ImageError, match=f"record of its last owner, {record}, is damaged: it says that cluster"):
+        command(path)
+    assert (path.read_bytes() == before) is True
+    assert records(path) == [record]
+
+
+@pytest.mark.parametrize("command", [reopened, repaired])
+def test_a_record_of_what_is_linked_already_is_no_mistake(noted: Noted, command: Callable[[Path], None]) -> None:
+    path = noted.killed((7, noted.room[1]), (1, noted.data[1]), (7, noted.room[0]))
+    command(path)
+    assert Image(path.read_bytes()).mapped == noted.data | {7: noted.room[0]}
