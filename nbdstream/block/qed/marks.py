@@ -113,7 +113,7 @@ def _read_file(fd: int, length: int) -> bytes | None:
 def _read_memory(path: str, identity: bytes, length: int) -> bytes | None:
     """Return the marks that a killed owner left in memory."""
     try:
-        own = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        own = os.open(path, record.READING)
     except OSError:
         return None
     try:

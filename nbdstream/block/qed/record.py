@@ -37,6 +37,9 @@ AUTOCLEAR_RECORD = 1 << 40
 DIRECTORY = "/dev/shm"
 """A memory file system on every Linux (FHS: /dev/shm; systemd mounts it, and so does every container runtime)."""
 
+READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""How to open what may be anybody's there: no link is followed, and a FIFO keeps nobody waiting."""
+
 _PREFIX = "nbdstream-"
 _MAGIC = b"NBDSREC\1"
 _HEADER = struct.Struct("<8s16sQQ")  # magic, image UUID, device, inode
@@ -221,16 +224,18 @@ def read_record(fd: int, uuid: UUID) -> list[Link]:
     """
     path = record_path(fd, uuid)
     try:
-        own = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        own = os.open(path, READING)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise ImageError(f"the record of its last owner, {path}, cannot be read: {error.strerror}") from error
     try:
         about = os.fstat(own)
+        if not stat.S_ISREG(about.st_mode):
+            raise ImageError(f"the record of its last owner, {path}, is no file: remove it")
         # The directory is everybody's: only who may write the image anyway is believed.
         trusted = about.st_uid in (os.geteuid(), os.fstat(fd).st_uid, 0)
-        if not trusted or not stat.S_ISREG(about.st_mode) or about.st_mode & 0o077:
+        if not trusted or about.st_mode & 0o077:
             raise ImageError(f"the record of its last owner, {path}, belongs to user {about.st_uid}: become that user")
         data = os.pread(own, _BYTES, 0)
     finally:

@@ -245,6 +245,14 @@ async def test_somebody_elses_file_in_memory_is_not_believed(path: str, backing:
     assert await written_at_next_open(path, backing) == EVERYTHING
 
 
+async def test_a_fifo_in_the_place_of_marks_keeps_nobody_waiting(path: str, backing: str, memory: Path) -> None:
+    await (await worked(path, backing)).kill()
+    (name,) = [name for name in os.listdir(memory) if name.startswith("nbdmarks")]
+    os.unlink(memory / name)
+    os.mkfifo(memory / name, 0o600)
+    assert await written_at_next_open(path, backing) == EVERYTHING
+
+
 async def test_marks_of_a_copy_are_its_own(path: str, backing: str, tmp_path: Path) -> None:
     """A killed owner's marks belong to its file, not to a copy that was made of it."""
     opened = await worked(path, backing)

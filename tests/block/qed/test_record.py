@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nbdstream.block.overlay import Overlay
 from nbdstream.block.qed.image import QedImage
 from nbdstream.block.qed.opening import create_file, open_file, read_header
-from nbdstream.block.qed.record import DIRECTORY, Record, read_record
+from nbdstream.block.qed.record import DIRECTORY, Record, read_record, record_path
 from nbdstream.block.qed.repair import repair
 from nbdstream.errors import ImageError
 from tests.support.crash import Image
@@ -136,6 +136,16 @@ def test_somebody_elses_record_is_not_believed(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match="belongs to"):
             read_record(image.fileno(), uuid)
         record.close()
+
+
+def test_a_fifo_in_the_place_of_a_record_is_refused_at_once(image: BinaryIO) -> None:
+    path = record_path(image.fileno(), uuid := uuid4())
+    os.mkfifo(path, 0o600)
+    try:
+        with pytest.raises(ImageError, match=f"{path}, is no file"):
+            read_record(image.fileno(), uuid)
+    finally:
+        os.unlink(path)
 
 
 link = st.tuples(st.integers(0, 1 << 40), st.integers(1, 1 << 60))
