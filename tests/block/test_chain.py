@@ -185,6 +185,14 @@ async def test_a_missing_backing_file_is_named_and_the_image_let_go(tmp_path: Pa
     await (await open_device(path, "qed", ["raw"], writable=True)).close()
 
 
+@pytest.mark.parametrize("image_format", ["raw", "qed"])
+async def test_a_backing_file_that_is_a_fifo_keeps_nobody_waiting(tmp_path: Path, image_format: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    path = qed.create(str(tmp_path / "overlay"), SIZE, backing=str(tmp_path / "pipe"))
+    with pytest.raises(ImageError, match="pipe is neither a regular file nor a block device"):
+        await open_device(path, "qed", [image_format], writable=False)
+
+
 async def test_an_overlay_of_an_export_is_opened_with_it(tmp_path: Path, uri: str) -> None:
     path = qed.create(str(tmp_path / "image"), SIZE, backing=uri)
     device = await open_device(path, "qed", ["raw"], writable=False)

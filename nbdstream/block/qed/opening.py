@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from bitarray import bitarray
 from bitarray.util import zeros
 
+from nbdstream.block.files import open_image
 from nbdstream.block.qed.extension import EXTENSION_BYTES, EXTENSION_OFFSET, Extension
 from nbdstream.block.qed.layout import (
     FEATURE_NEED_CHECK,
@@ -91,7 +92,7 @@ def opened(path: str, *, writable: bool = False) -> Iterator[int]:
     """Open a file for a while; what goes wrong meanwhile becomes an ImageError that names it."""
     fd = -1
     try:
-        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        fd = open_image(path, writable=writable)
         yield fd
     except ImageError as error:
         if path in str(error):

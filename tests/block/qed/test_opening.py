@@ -329,11 +329,15 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     refused(str(tmp_path / "raw"), "not a QED image")
 
 
-def test_a_directory_and_a_missing_file_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=f"{tmp_path}: Is a directory"):
-        look(str(tmp_path))
-    with pytest.raises(ImageError, match="nothing: No such file"):
-        look(str(tmp_path / "nothing"))
+def test_what_is_no_file_is_refused_by_name(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, why in [
+        ("", "is a directory"),
+        ("nothing", "cannot be opened: No such file"),
+        ("pipe", "is neither a regular file nor a block device"),
+    ]:
+        with pytest.raises(ImageError, match=f"^{tmp_path / name} {why}"):
+            look(str(tmp_path / name))
 
 
 def test_what_goes_wrong_while_a_file_is_open_names_it(path: str) -> None:
