@@ -14,6 +14,7 @@ from nbdstream.block.qed.layout import MAGIC, Header
 from nbdstream.block.qed.opening import opened, read_header
 from nbdstream.block.remote.export import RemoteExport
 from nbdstream.cli import arguments
+from nbdstream.text import printable
 from nbdstream.units import format_size
 from nbdstream.uri import is_nbd_uri
 
@@ -103,4 +104,4 @@ def _for_people(name: str, value: Any) -> str:
         return f"{format_size(value)} ({value} bytes)"
     if isinstance(value, list):
         return ", ".join(value)
-    return str(value)
+    return printable(str(value))

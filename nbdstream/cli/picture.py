@@ -6,6 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from nbdstream.text import printable
 from nbdstream.units import format_rate, format_size
 
 if TYPE_CHECKING:
@@ -96,10 +97,10 @@ def describe_handover(status: dict[str, Any]) -> list[str]:
         lines.append(f"only at the source: {status['remote']} bytes ({format_size(status['remote'])})")
     for disk in status["disks"]:
         guard = "; a block device: nothing but its locks keeps others from it" if disk.get("unguarded") else ""
-        lines.append(f"disk {disk['uuid']}, {disk['size']} bytes: {_printable(disk['path'])}{guard}")
+        lines.append(f"disk {disk['uuid']}, {disk['size']} bytes: {printable(disk['path'])}{guard}")
     if status["problem"]:
-        lines.append(f"problem: {_printable(status['problem'])}")
-    return lines + [f"ALARM: {_printable(alarm)}" for alarm in status["alarms"]]
+        lines.append(f"problem: {printable(status['problem'])}")
+    return lines + [f"ALARM: {printable(alarm)}" for alarm in status["alarms"]]
 
 
 def describe(status: dict[str, Any]) -> list[str]:
@@ -107,12 +108,12 @@ def describe(status: dict[str, Any]) -> list[str]:
     length, position = status["length"], status["position"]
     share = math.floor(100 * position / length) if length else 100
     lines = [
-        f"disk:    {status['device']}, {_printable(status['path'])}",
+        f"disk:    {status['device']}, {printable(status['path'])}",
         f"state:   {_state(status)}",
         f"local:   {format_size(position)} of {format_size(length)} ({share}%) need the source no more",
     ]
     if "source" in status:
-        lines.append(f"source:  {_printable(status['source'])}")
+        lines.append(f"source:  {printable(status['source'])}")
     lines.append(f"job:     {_job(status)}")
     lines.append(
         f"fetched: {format_size(status['fetched'])}, now {format_rate(status['fetch-rate'])}"
@@ -129,7 +130,7 @@ def describe(status: dict[str, Any]) -> list[str]:
 def _state(status: dict[str, Any]) -> str:
     state = str(status["status"])
     if "since" in status:
-        state += f" since {_clock(status['since'])}: {_printable(status.get('reason', ''))}"
+        state += f" since {_clock(status['since'])}: {printable(status.get('reason', ''))}"
     if "full-since" in status:
         state += f"; its disk is full since {_clock(status['full-since'])}"
     return state
@@ -160,8 +161,3 @@ def _latency(latency: dict[str, Any]) -> str:
 
 def _clock(seconds: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(seconds))
-
-
-def _printable(text: str) -> str:
-    """Return text without what would move a terminal's cursor."""
-    return "".join(character if character.isprintable() else "?" for character in text)

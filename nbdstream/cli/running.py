@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from nbdstream.cli import FAILED, USAGE
 from nbdstream.cli.arguments import UsageError
 from nbdstream.errors import NbdstreamError
 from nbdstream.service.logging import set_up_logging
+from nbdstream.text import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -28,6 +30,8 @@ request would wait for the thread that fetches."""
 def run(options: argparse.Namespace) -> int:
     """Run the chosen command; return its exit code."""
     _fill_standard_descriptors()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: a file's name may be no text at all
     set_up_logging(debug=options.debug)
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
@@ -60,7 +64,7 @@ def _fill_standard_descriptors() -> None:
 
 
 def _fail(message: str) -> int:
-    sys.stderr.write(f"nbdstream: {' '.join(message.split())}\n")
+    sys.stderr.write(f"nbdstream: {printable(' '.join(message.split()))}\n")
     return FAILED
 
 

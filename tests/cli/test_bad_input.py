@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nbdstream.block.qed.opening import create_file
 from tests.support.harness import Filler, make_image, small_filesystem, socket_uri
 from tests.support.processes import NBDSTREAM, Command, Process, nbdstream, run, wait_until
 from tests.support.qed import RawImage, create, qemu_io
@@ -103,6 +104,27 @@ def test_a_backing_file_is_not_left_out_by_oversight(tmp_path: Path) -> None:
 def test_a_backing_file_that_is_not_there(tmp_path: Path) -> None:
     path = create(str(tmp_path / "disk.qed"), SIZE, backing="base.raw")
     assert str(tmp_path / "base.raw") in refused(tmp_path, "serve", "-f", "qed", "--backing-format", "raw", path)
+
+
+@pytest.mark.parametrize("command", [["info"], ["serve", "-f", "qed"], ["map", "-f", "qed", "--backing-format", "raw"]])
+def test_a_name_in_a_strangers_image_is_printed_as_text_on_one_line(tmp_path: Path, command: list[str]) -> None:
+    path, name = str(tmp_path / "disk.qed"), "/nowhere/\x1b[2J\nnbdstream: all is well\udcff"
+    create_file(path, SIZE, cluster_size=4096, table_size=2, backing_name=name)
+    said = run("env", "PYTHONIOENCODING=utf-8:strict", NBDSTREAM, *command, path, status=None)
+    lines = (said.stdout + said.stderr).split("\n")
+    assert any("/nowhere/?[2J" in line and "nbdstream: all is well?" in line for line in lines)
+    assert all(line.isprintable() for line in lines)
+    assert "Traceback" not in said.stderr
+
+
+@pytest.mark.parametrize("command", [["info"], ["check"], ["check", "-r", "all"], ["map", "-f", "qed"]])
+def test_an_image_whose_name_is_no_text(tmp_path: Path, command: list[str]) -> None:
+    path = create(str(tmp_path / "disk.qed"), SIZE)
+    name = str(tmp_path / "\udcff.qed")
+    os.rename(path, name)
+    os.truncate(name, os.path.getsize(name) + 65536)  # a leak, which is told with the name
+    said = run("env", "PYTHONIOENCODING=utf-8:strict", NBDSTREAM, *command, name, status=None)
+    assert said.stderr == ""
 
 
 # -- overlays ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import nbd
 
+from nbdstream.text import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -275,7 +277,7 @@ def _plain(error: nbd.Error) -> str:
     text = error.string
     while (head := text.partition(": "))[1] and (head[0].startswith("nbd_") or head[0] in _JARGON):
         text = head[2]
-    return "".join(character if character.isprintable() else "?" for character in text)[:300]
+    return printable(text)[:300]
 
 
 _JARGON = {"connect", "recv", "send", "handshake", "read", "block-status", "getaddrinfo"}
