@@ -32,11 +32,6 @@ _RESUMED = re.compile(r"<\.\.\. \w+ resumed>(.*)", re.DOTALL)
 _UNFINISHED = "<unfinished ...>"
 
 
-def killing(call: str, number: int) -> list[str]:
-    """Return the options with which strace kills the process at its ``number``-th such call (in each thread)."""
-    return ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}"]
-
-
 class Traced(Command):
     """A command that runs under strace. Its signals and its status are the command's own."""
 

@@ -154,7 +154,7 @@ class Workload:
         self.close()
 
     def pause(self) -> None:
-        """Do not connect again until :meth:`go_on`; nobody must be serving now. Nothing is sent when this returns."""
+        """Complete what was sent, if anybody answers, and hang up until :meth:`go_on`."""
         self._paused.clear()
         self._going.clear()
         wait_until(lambda: self._paused.is_set() or not self._thread.is_alive(), "the guest to pause")
@@ -203,7 +203,7 @@ class Workload:
 
     def _use(self, client: NbdClient) -> None:
         while not self.faults:
-            while client.in_flight < MOST_IN_FLIGHT and not self._stop.is_set():
+            while client.in_flight < MOST_IN_FLIGHT and self._going.is_set() and not self._stop.is_set():
                 if not self._submit(client):
                     break
             if not client.in_flight:
