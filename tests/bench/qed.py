@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from tests.bench.disk import bring_into_cache, settle
+from tests.bench.disk import bring_in_memory, bring_into_cache, settle
 from tests.bench.fio import fio, latencies
 from tests.bench.peers import OURS, Competitor, our_commands, versions
 from tests.bench.process import BenchError, Server, on_unix, run, serving
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 OUR_RAW: Final = "nbdstream, raw"
 VERIFIED_BYTES: Final = 4 << 20
 """What everybody writes for others to read back before it is measured: more than a thousand clusters."""
+_MORE_MEMORY: Final = 512 << 20
+"""Bytes, above what a turn puts into the page cache."""
 
 Image = Literal["allocated", "empty", "overlay"]
 
@@ -200,7 +202,9 @@ class _Bench:
         settle()
         duration = ["--time_based", f"--runtime={self._seconds * 1000:.0f}ms"]
         if workload.share:
-            duration = [f"--io_size={int(self._size * workload.share)}", "--randrepeat=0"]
+            written = int(self._size * workload.share)
+            duration = [f"--io_size={written}", "--randrepeat=0"]
+            bring_in_memory(written + _MORE_MEMORY)
         try:
             argv = server.overlay if workload.image == "overlay" else server.writable
             assert argv is not None
