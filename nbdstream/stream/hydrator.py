@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 _REQUEST_BYTES = 1 << 20
 """Long enough that a request's fixed costs vanish."""
 
-_REQUEST_BYTES_BESIDE_GUEST = 256 << 10
-"""What is being received or stored is not interrupted for a guest's read, so its length is what the guest waits."""
+_REQUEST_BYTES_BESIDE_GUEST = 512 << 10
+"""What is being received or stored is not interrupted for a guest's read, so its length is what the guest waits.
+With half of it the guest's 99th percentile is the same, and the stream takes a quarter longer."""
 
 _BYTES_IN_FLIGHT_BESIDE_GUEST = 2 << 20
 """What the source and we work on at the same time as on the guest's read, and what a guest may find in front of a

@@ -75,10 +75,17 @@ class Load:
     """Where fio tells of it."""
 
 
+_LOCAL: Final = "--size=3%"
+"""Of the disk, at its begin: both streamers have it there at once, so this guest needs no source."""
+OBJECTIVE: Final = "2ms"
+WITH_OBJECTIVE: Final = "nbdstream-objective"
+
 LOADS = (
     Load("reads", ("--rw=randread",), "read"),
     Load("writes", ("--rw=randwrite",), "write"),
     Load("flushes, one after 16 writes", ("--rw=randwrite", "--fsync=16"), "sync"),
+    Load("reads of what is local", ("--rw=randread", _LOCAL), "read"),
+    Load("writes to what is local", ("--rw=randwrite", _LOCAL), "write"),
 )
 FIFTH: Final = 5.0
 
@@ -91,14 +98,19 @@ def workload(load: Load, figure: str) -> Workload:
 
 
 def streamers(systems: Sequence[System], ours: str, against: str | None) -> list[Streamer]:
-    """nbdstream, then the storage daemon of each system."""
+    """nbdstream, the same with an objective, then the storage daemon of each system."""
     result = []
-    for key, (label, command) in our_commands(ours, against).items():
+    options: dict[str, tuple[str, str, list[str]]] = {
+        key: (label, command, []) for key, (label, command) in our_commands(ours, against).items()
+    }
+    option = ["--guest-latency", OBJECTIVE]
+    options[WITH_OBJECTIVE] = (f"nbdstream {' '.join(option)}", ours, option)
+    for key, (label, command, more) in options.items():
 
         @contextlib.contextmanager
-        def stream(disk: Disk, command: str = command) -> Iterator[str]:
+        def stream(disk: Disk, command: str = command, more: Sequence[str] = more) -> Iterator[str]:
             place = on_unix(disk.guest)
-            with serving([command, "stream", disk.source, disk.overlay, "-U", disk.guest], place):
+            with serving([command, "stream", disk.source, disk.overlay, "-U", disk.guest, *more], place):
                 yield place.uri
 
         result.append(Streamer(key, label, stream))
