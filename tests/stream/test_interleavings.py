@@ -348,7 +348,7 @@ async def perform(overlay: Overlay, fetches: Fetches | None, request: Request, n
     elif request.kind == "link":
         overlay.image.nudge()
     elif request.kind == "forget":
-        overlay.image._tables.cached_pages.clear()
+        overlay.image._tables._cache.clear()
     elif fetches and overlay.remote and overlay.remote[0] and not fetches.is_in_flight(0):
         fetches.begin(0, 1)
     return b""
@@ -390,7 +390,7 @@ def is_explained(value: int, steps: tuple[tuple[bool, int, int, int], ...]) -> b
 
 def cached_only(tables: Tables, page: int) -> memoryview | None:
     """Whatever was forgotten must be read by a thread."""
-    return _NO_TABLE if tables._page_offset(page) == 0 else tables.cached_pages.get(page)
+    return _NO_TABLE if tables._page_offset(page) == 0 else tables._cache.get(page)
 
 
 @pytest.fixture

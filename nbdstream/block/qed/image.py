@@ -63,7 +63,6 @@ class QedImage:
         self._fd = file.fd
         self._space: Space = file.space
         self._tables: Tables = file.tables
-        self._pages = file.tables.cached_pages
         self._misaligned = self.cluster_size - 1
         self._first_place = file.header.header_size * self.cluster_size
         self._mapping = self._map_file()
@@ -131,11 +130,10 @@ class QedImage:
         """
         entry = self.unlinked.get(cluster)
         if entry is None:
-            number, within = divmod(cluster, PAGE_ENTRIES)
-            page = self._pages.get(number) or self._tables.page_now(number)
+            page = self._tables.page_now(cluster // PAGE_ENTRIES)
             if page is None:
                 return None
-            entry = page[within]
+            entry = page[cluster % PAGE_ENTRIES]
         if entry > ZERO and (entry & self._misaligned or not self._first_place <= entry < self._space.end):
             raise OSError(errno.EIO, f"{self.path}: damaged: the L2 entry of cluster {cluster} is {entry:#x}")
         return entry

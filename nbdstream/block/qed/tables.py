@@ -62,8 +62,7 @@ class Tables:
         self._header = header
         self._geometry = geometry = header.geometry
         self._pages_per_table = geometry.entries // PAGE_ENTRIES
-        self.cached_pages: dict[int, memoryview] = {}
-        """Those that are cached: where to look before :meth:`page_now`, if it happens 200,000 times a second."""
+        self._cache: dict[int, memoryview] = {}
         self.l1 = l1
         """Offsets of the L2 tables, 0 where there is none. Those that lie beyond the image size hold clusters, too."""
 
@@ -148,7 +147,7 @@ class Tables:
 
     def page_now(self, page: int) -> memoryview | None:
         """Return the 512 entries of a page (format Q), or None if reading them would block."""
-        cached = self.cached_pages.get(page)
+        cached = self._cache.get(page)
         if cached is not None:
             return cached
         offset = self._page_offset(page)
@@ -178,9 +177,9 @@ class Tables:
         entries = memoryview(buffer).cast("B").cast("Q")  # type: ignore[arg-type]  # any buffer
         if buffer == _NO_TABLE.obj:
             entries = _NO_TABLE  # as most are in a large disk with little in it: these take no memory
-        if len(self.cached_pages) >= CACHED_PAGES:
-            del self.cached_pages[next(iter(self.cached_pages))]
-        self.cached_pages[page] = entries
+        if len(self._cache) >= CACHED_PAGES:
+            del self._cache[next(iter(self._cache))]
+        self._cache[page] = entries
         return entries
 
     def _page_offset(self, page: int) -> int:
@@ -238,9 +237,9 @@ class Tables:
         for index, offset in tables.items():
             self.l1[index] = offset
         for cluster, entry in links:
-            page = self.cached_pages.get(cluster // PAGE_ENTRIES)
+            page = self._cache.get(cluster // PAGE_ENTRIES)
             if page is _NO_TABLE:
-                del self.cached_pages[cluster // PAGE_ENTRIES]
+                del self._cache[cluster // PAGE_ENTRIES]
             elif page is not None:
                 page[cluster % PAGE_ENTRIES] = entry
 

@@ -146,7 +146,7 @@ def test_no_more_pages_are_kept_than_allowed(
     tables = load(path)
     for page in (0, 1, 4, 5):
         tables.keep_page(page, tables.load_page(page))
-        assert len(tables.cached_pages) <= 2
+        assert len(tables._cache) <= 2
 
 
 def test_a_link_changes_one_sector_of_the_file(path: str, load: Callable[[str], Tables]) -> None:
