@@ -243,29 +243,22 @@ class RemoteThread:
         """Spread what is queued over the connections; bulk data only until somebody asks for something."""
         self._starved = False
         self._send_urgent()
+        self._spread(self._bulk, self._free_for_bulk, BULK_SHARE)
+
+    def _send_urgent(self) -> None:
+        self._spread(self._urgent, lambda: _least_loaded(self._ready, IN_FLIGHT_URGENT), 1.0)
+
+    def _spread(self, queue: deque[Piece], free: Callable[[], _Handle | None], share: float) -> None:
+        """Send from a queue as long as there is a connection, and memory within a share of all."""
         used = set()
-        while (
-            self._bulk
-            and not self._mailbox.waiting
-            and (handle := _least_loaded(self._bulk_handles(), IN_FLIGHT))
-            and self._has_memory(self._bulk[0].command, BULK_SHARE)
-        ):
-            self._submit(self._bulk.popleft(), handle)
+        while queue and (handle := free()) and self._has_memory(queue[0].command, share):
+            self._submit(queue.popleft(), handle)
             used.add(handle)
         for handle in used.intersection(self._ready):
             self._settle(handle)
 
-    def _send_urgent(self) -> None:
-        used = set()
-        while (
-            self._urgent
-            and (handle := _least_loaded(self._ready, IN_FLIGHT_URGENT))
-            and self._has_memory(self._urgent[0].command, 1.0)
-        ):
-            self._submit(self._urgent.popleft(), handle)
-            used.add(handle)
-        for handle in used.intersection(self._ready):
-            self._settle(handle)
+    def _free_for_bulk(self) -> _Handle | None:
+        return None if self._mailbox.waiting else _least_loaded(self._bulk_handles(), IN_FLIGHT)
 
     def _bulk_handles(self) -> list[_Handle]:
         """Of several connections one is kept free, so that what is urgent is never stuck behind bulk data."""
