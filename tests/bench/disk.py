@@ -9,6 +9,8 @@ import time
 SETTLE_SECONDS = 5.0
 SETTLED_BYTES = 4 << 20
 STEP = 1 << 20
+_MORE_MEMORY = 1 << 30
+"""Bytes, above what a turn puts into the page cache."""
 
 
 def settle() -> None:
@@ -20,12 +22,13 @@ def settle() -> None:
 
 
 def bring_in_memory(length: int) -> None:
-    """Have ``length`` bytes of free memory be there: a virtual machine gives what is free back to its host for a while.
+    """Have free memory be there for ``length`` bytes of the page cache, and for what else a turn takes.
 
-    (Free page reporting; Linux does it two seconds after the memory was freed.) Whoever writes there first waits for
-    the host: a copy into new pages of the page cache takes ten times as long.
+    A virtual machine gives what is free back to its host for a while (free page reporting; Linux does it two seconds
+    after the memory was freed). Whoever writes there first waits for the host: a copy into new pages of the page cache
+    takes ten times as long.
     """
-    mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+    mmap.mmap(-1, length + _MORE_MEMORY, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 
 def _undurable_bytes() -> int:

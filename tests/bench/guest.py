@@ -38,9 +38,6 @@ ATTEMPTS_OF_QEMU: Final = 6
 """QEMU 7.2 ends in every third turn or so (``qed_aio_write_alloc: Assertion `s->allocating_acb == NULL' failed``). What
 it does in the others is what can be compared; the JSON tells how many attempts each took."""
 
-_MORE_MEMORY: Final = 1 << 30
-"""Bytes, above what the overlay takes of the page cache."""
-
 
 @dataclass(frozen=True)
 class Streamer(Competitor):
@@ -99,40 +96,41 @@ def workload(load: Load, figure: str) -> Workload:
 
 def streamers(systems: Sequence[System], ours: str, against: str | None) -> list[Streamer]:
     """nbdstream, the same with an objective, then the storage daemon of each system."""
-    result = []
-    options: dict[str, tuple[str, str, list[str]]] = {
-        key: (label, command, []) for key, (label, command) in our_commands(ours, against).items()
-    }
-    option = ["--guest-latency", OBJECTIVE]
-    options[WITH_OBJECTIVE] = (f"nbdstream {' '.join(option)}", ours, option)
-    for key, (label, command, more) in options.items():
+    objective = ["--guest-latency", OBJECTIVE]
+    return [
+        *[_nbdstream(key, label, command) for key, (label, command) in our_commands(ours, against).items()],
+        _nbdstream(WITH_OBJECTIVE, f"nbdstream {' '.join(objective)}", ours, *objective),
+        *[_block_stream(system) for system in systems],
+    ]
 
-        @contextlib.contextmanager
-        def stream(disk: Disk, command: str = command, more: Sequence[str] = more) -> Iterator[str]:
-            place = on_unix(disk.guest)
-            with serving([command, "stream", disk.source, disk.overlay, "-U", disk.guest, *more], place):
-                yield place.uri
 
-        result.append(Streamer(key, label, stream))
-    for system in systems:
+def _nbdstream(key: str, label: str, command: str, *options: str) -> Streamer:
+    @contextlib.contextmanager
+    def stream(disk: Disk) -> Iterator[str]:
+        place = on_unix(disk.guest)
+        with serving([command, "stream", disk.source, disk.overlay, "-U", disk.guest, *options], place):
+            yield place.uri
 
-        @contextlib.contextmanager
-        def block_stream(disk: Disk, system: System = system) -> Iterator[str]:
-            run(system.command("qemu-img", "create", "-q", "-f", "qed", "-b", disk.source, "-F", "raw", disk.overlay))
-            daemon = StorageDaemon(
-                system.command("qemu-storage-daemon"), disk.overlay, disk.monitor,
-                "--nbd-server", f"addr.type=unix,addr.path={disk.guest}",
-                "--export", f"type=nbd,id=guest,node-name={NODE},name=,writable=on",
-            )  # fmt: skip
-            try:
-                daemon.begin_stream()
-                yield on_unix(disk.guest).uri
-            finally:
-                daemon.close()
+    return Streamer(key, label, stream)
 
-        result.append(Streamer(system.key("block-stream"), system.label("block-stream", versions(system).qemu),
-                               block_stream, ATTEMPTS_OF_QEMU))  # fmt: skip
-    return result
+
+def _block_stream(system: System) -> Streamer:
+    @contextlib.contextmanager
+    def stream(disk: Disk) -> Iterator[str]:
+        run(system.command("qemu-img", "create", "-q", "-f", "qed", "-b", disk.source, "-F", "raw", disk.overlay))
+        daemon = StorageDaemon(
+            system.command("qemu-storage-daemon"), disk.overlay, disk.monitor,
+            "--nbd-server", f"addr.type=unix,addr.path={disk.guest}",
+            "--export", f"type=nbd,id=guest,node-name={NODE},name=,writable=on",
+        )  # fmt: skip
+        try:
+            daemon.begin_stream()
+            yield on_unix(disk.guest).uri
+        finally:
+            daemon.close()
+
+    label = system.label("block-stream", versions(system).qemu)
+    return Streamer(system.key("block-stream"), label, stream, ATTEMPTS_OF_QEMU)
 
 
 def measure_guests(path: str, who: Sequence[Streamer], *, rounds: int, scratch: str, sockets: str) -> Section:
@@ -178,7 +176,7 @@ def _measure(
 ) -> tuple[dict[str, float], dict[str, float]]:
     bring_into_cache(path)
     settle()
-    bring_in_memory(os.path.getsize(path) + _MORE_MEMORY)
+    bring_in_memory(os.path.getsize(path))
     statistics, overlay = f"{scratch}/nbdkit.stats", f"{scratch}/guest.qed"
     source = on_unix(f"{sockets}/guest-source")
     disk = Disk(source.uri, overlay, f"{sockets}/guest", f"{sockets}/guest-monitor")

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 OUR_RAW: Final = "nbdstream, raw"
 VERIFIED_BYTES: Final = 4 << 20
 """What everybody writes for others to read back before it is measured: more than a thousand clusters."""
-_MORE_MEMORY: Final = 512 << 20
-"""Bytes, above what a turn puts into the page cache."""
 
 Image = Literal["allocated", "empty", "overlay"]
 
@@ -204,7 +202,7 @@ class _Bench:
         if workload.share:
             written = int(self._size * workload.share)
             duration = [f"--io_size={written}", "--randrepeat=0"]
-            bring_in_memory(written + _MORE_MEMORY)
+            bring_in_memory(written)
         try:
             argv = server.overlay if workload.image == "overlay" else server.writable
             assert argv is not None
