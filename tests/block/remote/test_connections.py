@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import shutil
 import socket
@@ -161,6 +162,36 @@ async def test_attempts_become_rarer_while_they_are_in_vain(source: Source, monk
 
 
 # What is in a hurry, and what memory there is.
+
+
+async def test_what_is_read_at_the_same_time_is_received_together(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = await RemoteExport.connect(source.uri, connections=3)
+    await settled(export, 3)
+    source.proxy.stall()
+    reading = [asyncio.create_task(export.read(i * 4096, 4096)) for i in range(48)]
+    await asyncio.sleep(0.05)
+    mailbox = export._thread._mailbox
+    sleep, sleeps = mailbox.sleep, itertools.count()
+    monkeypatch.setattr(mailbox, "sleep", lambda milliseconds: (next(sleeps), sleep(milliseconds))[1])
+    source.proxy.flow()
+    for i, task in enumerate(reading):
+        assert b"".join(await task) == pattern(i * 4096, 4096)
+    assert next(sleeps) < 12  # with one reply of each connection a round it would be 16 and more
+    await export.close()
+
+
+async def test_what_is_read_goes_to_other_connections_where_much_is_on_its_way(source: Source) -> None:
+    export = await RemoteExport.connect(source.uri, connections=3)
+    await settled(export, 3)
+    source.proxy.stall()
+    reading = [asyncio.create_task(export.read(i * MIB, MIB)) for i in range(6)]
+    await asyncio.sleep(0.05)
+    assert [len(handle.in_flight) for handle in export._thread._ready] == [2, 2, 2]
+    source.proxy.flow()
+    await asyncio.gather(*reading)
+    await export.close()
 
 
 async def test_a_copy_in_a_hurry_that_is_given_up_is_told_of_once(source: Source, directory: str) -> None:
