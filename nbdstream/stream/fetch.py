@@ -39,6 +39,7 @@ class Fetch:
     )  # fmt: skip
 
     request: Request
+    """As long as it is in flight."""
     began: float
     """By the loop's clock."""
     fetched_before: int
@@ -225,6 +226,7 @@ class Fetches:
     def _store(self, fetch: Fetch, zero: int, error: OSError | None) -> None:
         for cluster in range(fetch.first, fetch.behind):
             del self._in_flight[cluster]
+        del fetch.request  # it refers to the fetch: both would wait for the garbage collector
         self.bytes_in_flight -= fetch.length
         count = fetch.behind - fetch.first
         try:

@@ -275,7 +275,6 @@ class Source(BlockDevice):
         """Whether a request failed only because a connection did; it is made again then, if somebody waits for it."""
         if error is None or error.errno not in _LOST or self._closed or not request.wanted():
             return False
-        request.command = None
         self._held.append(request)
         asyncio.get_running_loop().call_soon(self._retry_held)
         return True
@@ -309,6 +308,7 @@ class Source(BlockDevice):
 
         def ask(export: RemoteExport, request: Request) -> Copy:
             def finished(zero: int | None, error: OSError | None) -> None:
+                request.command = None  # it refers to us: with its buffer it would wait for the garbage collector
                 if self._is_lost(error, request):
                     return
                 if error and error.errno in _LOST and not self._closed:

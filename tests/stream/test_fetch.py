@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import threading
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ import pytest
 from nbdstream.block.qed.tables import UNALLOCATED, ZERO
 from nbdstream.block.remote import commands
 from nbdstream.block.worker import pwrite_all
+from nbdstream.stream.fetch import Fetch
+from nbdstream.stream.source import Request
 from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, Streamed, some_bytes, streamed
 from tests.support import qed
 
@@ -80,6 +83,20 @@ async def test_nobody_waits_until_what_was_fetched_is_in_the_file(
     expected[10:13] = b"new"
     assert await stream.read(CLUSTER, CLUSTER) == expected
     assert disk.reads == [(CLUSTER, CLUSTER)]
+
+
+async def test_what_was_fetched_leaves_nothing_for_the_garbage_collector(stream: Streamed) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        await stream.read(CLUSTER + 5, 100)
+        await stream.overlay.write(2 * CLUSTER + 10, b"new")
+        await finish(stream, 4, 2)
+        await kept(stream)
+        left = [each for each in gc.get_objects() if isinstance(each, (Fetch, Request, commands.Copy))]
+    finally:
+        gc.enable()
+    assert left == []
 
 
 async def test_readers_of_one_cluster_share_a_fetch(stream: Streamed, disk: SourceDisk) -> None:
