@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nbdstream.units import SizeError, parse_size
 from tests.bench import peers
-from tests.bench.guest import measure_guests, streamers
+from tests.bench.guest import SLOW_SECONDS, measure_guests, streamers
 from tests.bench.outage import measure_outages
 from tests.bench.process import BenchError
 from tests.bench.qed import measure_qed, qed_servers
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from tests.bench.results import Section
 
 CHUNK = 16 << 20
-SECTIONS = ("reads", "tls", "stream", "wan", "qed", "guest", "outage")
+SECTIONS = ("reads", "tls", "stream", "wan", "qed", "guest", "slow-disk", "outage")
 
 FAR_SECONDS = 0.025
 """A round trip between two cities of a continent."""
-FAR_SHARE = 4
-"""A part of the disk is enough there: the slowest mover has some 20 MB/s."""
+SHARE = 4
+"""A part of the disk is enough on a long line, and on a slow disk: the slowest mover has some 20 MB/s there."""
 FAR_MOVERS = ("nbdstream", "block-stream")
 """Those that make an overlay which a guest can use meanwhile."""
 
@@ -68,6 +68,7 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
     movers = peers.movers(systems, arguments.ours, arguments.against)
     of_qed = qed_servers(systems, arguments.ours, arguments.against)
     guests = streamers(systems, arguments.ours, arguments.against)
+    on_slow_disk = streamers(systems, arguments.ours, arguments.against, SLOW_SECONDS)
     if unknown := set(arguments.only) - {competitor.key for competitor in (*servers, *movers, *of_qed)}:
         msg = f"nobody is called {', '.join(sorted(unknown))}"
         raise BenchError(msg)
@@ -91,10 +92,8 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
             rounds=arguments.rounds, scratch=scratch, sockets=sockets,
         ))  # fmt: skip
     if arguments.section in ("wan", "all"):
-        part = f"{scratch}/part.raw"
-        _make_source(part, max(arguments.size // FAR_SHARE, 1 << 20))
         sections.append(measure_transfers(
-            part, server_named(servers, arguments.source),
+            _part(source), server_named(servers, arguments.source),
             [mover for mover in peers.selected(movers, arguments.only) if mover.key.startswith(FAR_MOVERS)],
             rounds=arguments.rounds, scratch=scratch, sockets=sockets, round_trip=FAR_SECONDS,
         ))  # fmt: skip
@@ -108,12 +107,24 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
             source, peers.selected(guests, arguments.only),
             rounds=arguments.rounds, scratch=scratch, sockets=sockets,
         ))  # fmt: skip
+    if arguments.section in ("slow-disk", "all"):
+        sections.append(measure_guests(
+            _part(source), peers.selected(on_slow_disk, arguments.only), slower=SLOW_SECONDS,
+            rounds=arguments.rounds, scratch=scratch, sockets=sockets,
+        ))  # fmt: skip
     if arguments.section in ("outage", "all"):
         sections.append(measure_outages(
             source, peers.selected(guests, arguments.only), arguments.ours,
             rounds=arguments.rounds, scratch=scratch, sockets=sockets,
         ))  # fmt: skip
     return sections
+
+
+def _part(source: str) -> str:
+    """Make a source that is as long as a part of the file ``source``; return its path."""
+    part = f"{source}.part"
+    _make_source(part, max(os.path.getsize(source) // SHARE, 1 << 20))
+    return part
 
 
 def _make_source(path: str, size: int) -> None:

@@ -33,6 +33,7 @@ def test_quick_run_measures_everybody(tmp_path: Path) -> None:
     far = {"nbdstream", "block-stream"}
     measured = {"reads": SERVERS, "tls": SERVERS, "stream": MOVERS, "wan": far, "qed": QED_SERVERS}
     measured["guest"] = far | {WITH_OBJECTIVE}
+    measured["slow-disk"] = measured["guest"]
     measured["outage"] = {"nbdstream"}
     for name, competitors in measured.items():
         assert sections[name]["problems"] == {}
