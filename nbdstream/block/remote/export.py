@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from nbdstream.block.device import BlockDevice, Buffer
 from nbdstream.block.remote.commands import Copy, Read, Status
+from nbdstream.block.remote.connections import ConnectionOptions
 from nbdstream.block.remote.handle import HandleError, RemoteInfo
 from nbdstream.block.remote.thread import RemoteThread
 from nbdstream.block.worker import settling
@@ -85,15 +86,8 @@ class RemoteExport(BlockDevice):
             parsed = NbdUri.parse(uri)
         except UriError as error:
             raise SourceError(str(error)) from error
-        thread = RemoteThread(
-            parsed,
-            connections=connections,
-            tls_certificates=tls_certificates,
-            timeout=timeout,
-            stall=stall,
-            memory=memory,
-            loop=asyncio.get_running_loop(),
-        )
+        options = ConnectionOptions(connections, tls_certificates, timeout, stall)
+        thread = RemoteThread(parsed, options, memory=memory, loop=asyncio.get_running_loop())
         try:
             async with asyncio.timeout(timeout):
                 info = await thread.connected

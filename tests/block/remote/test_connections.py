@@ -8,7 +8,6 @@ import itertools
 import os
 import shutil
 import socket
-import struct
 import subprocess
 import tempfile
 from functools import partial
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nbdstream.block.remote import thread as thread_module
+from nbdstream.block.remote import connections as connections_module
 from nbdstream.block.remote.export import RemoteExport
+from tests.block.remote.peers import pattern
 from tests.support.processes import wait_until
 from tests.support.proxy import Proxy
 
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MIB = 1 << 20
-
-
-def pattern(offset: int, length: int) -> bytes:
-    """What nbdkit's pattern plugin holds, aligned to eight."""
-    return struct.pack(f">{length // 8}Q", *range(offset, offset + length, 8))
 
 
 class Source:
@@ -66,7 +61,7 @@ def source(directory: str) -> Iterator[Source]:
 
 async def settled(export: RemoteExport, connections: int) -> None:
     """Wait until so many connections are ready."""
-    while len(export._thread._ready) != connections:
+    while len(export._thread._connections.ready) != connections:
         await asyncio.sleep(0.001)
 
 
@@ -121,7 +116,7 @@ async def test_a_dead_peer_is_looked_for_by_the_kernel(directory: str) -> None:
         process = subprocess.Popen(["bash", "-c", activate, "-", *command], pass_fds=[listener.fileno()])
     try:
         export = await RemoteExport.connect(f"nbd://127.0.0.1:{port}/", connections=1, stall=12)
-        (handle,) = export._thread._ready
+        (handle,) = export._thread._connections.ready
         with socket.socket(fileno=os.dup(handle.fd)) as own:
             assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 12000
@@ -136,7 +131,7 @@ async def test_a_dead_peer_is_looked_for_by_the_kernel(directory: str) -> None:
 
 
 async def test_a_connection_that_broke_alone_is_made_again(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thread_module, "_REOPEN_SECONDS", 0.05)
+    monkeypatch.setattr(connections_module, "_REOPEN_SECONDS", 0.05)
     export = await RemoteExport.connect(source.uri, connections=3)
     await settled(export, 3)
     source.proxy.cut_link(1)
@@ -148,8 +143,8 @@ async def test_a_connection_that_broke_alone_is_made_again(source: Source, monke
 
 
 async def test_attempts_become_rarer_while_they_are_in_vain(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thread_module, "_REOPEN_SECONDS", 0.05)
-    monkeypatch.setattr(thread_module, "_LONGEST_REOPEN_SECONDS", 0.4)
+    monkeypatch.setattr(connections_module, "_REOPEN_SECONDS", 0.05)
+    monkeypatch.setattr(connections_module, "_LONGEST_REOPEN_SECONDS", 0.4)
     export = await RemoteExport.connect(source.uri, connections=2)
     await settled(export, 2)
     source.proxy.refusing = True
@@ -188,7 +183,7 @@ async def test_what_is_read_goes_to_other_connections_where_much_is_on_its_way(s
     source.proxy.stall()
     reading = [asyncio.create_task(export.read(i * MIB, MIB)) for i in range(6)]
     await asyncio.sleep(0.05)
-    assert [len(handle.in_flight) for handle in export._thread._ready] == [2, 2, 2]
+    assert [len(handle.in_flight) for handle in export._thread._connections.ready] == [2, 2, 2]
     source.proxy.flow()
     await asyncio.gather(*reading)
     await export.close()
@@ -284,8 +279,8 @@ async def test_a_mistake_in_the_thread_loses_the_export_and_leaves_nobody_waitin
     def mistaken(*_: object) -> None:
         raise KeyError("a mistake")
 
-    monkeypatch.setattr(export._thread, "_expire", mistaken)
-    monkeypatch.setattr(export._thread, "_unwatch", mistaken)
+    monkeypatch.setattr(export._thread._connections, "expire", mistaken)
+    monkeypatch.setattr(export._thread._connections, "_unwatch", mistaken)
     late = asyncio.create_task(export.read(0, 512))
     answers = await asyncio.gather(*reading, late, return_exceptions=True)
     assert all(isinstance(answer, OSError) for answer in answers)
