@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nbdstream.block.qed import record
+from nbdstream.stream import source as source_module
 from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, some_bytes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +44,14 @@ async def server(directory: str, disk: SourceDisk) -> AsyncIterator[SourceServer
     yield server
     disk.gate.set()
     await server.stop()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "overlay.qed")
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that is gone is looked for again soon."""
+    monkeypatch.setattr(source_module, "_FIRST_PAUSE_SECONDS", 0.01)

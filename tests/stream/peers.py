@@ -15,10 +15,12 @@ from nbdstream.block.qed.opening import create_file
 from nbdstream.extents import Extent, ExtentFlags, merge
 from nbdstream.server.export import Export
 from nbdstream.server.server import NbdServer
+from nbdstream.stream.disk import DiskStream
 from nbdstream.stream.events import Event, Listeners
 from nbdstream.stream.hydration import Hydration
 from nbdstream.stream.source import Source, SourceOptions, round_up
 from nbdstream.uri import NbdUri
+from tests.support import qed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -145,3 +147,32 @@ async def streamed(server: SourceServer, path: Path, *, cluster_size: int = CLUS
         server.disk.gate.set()
         await source.close()
         await image.close()
+
+
+async def stream_all(uri: str, path: str) -> DiskStream:
+    async with await DiskStream.start(uri, path) as disk:
+        await disk.wait()
+        assert disk.independent
+    return disk
+
+
+async def stop_on_the_way(server: SourceServer, path: str, clusters: int = 10) -> None:
+    """Leave an overlay behind that has some clusters."""
+    disk = await DiskStream.start(server.uri, path, speed=1)
+    try:
+        for cluster in range(clusters):
+            await disk.overlay.read(cluster * CLUSTER, 1)
+    finally:
+        await disk.close()
+
+
+def is_sound(path: str, content: bytes | bytearray) -> bool:
+    return (
+        qed.qemu_check(path).status == 0
+        and "backing-filename" not in qed.qemu_info(path)
+        and qed.content(path) == content
+    )
+
+
+async def left_alone(server: SourceServer, path: str) -> DiskStream:
+    return await DiskStream.start(server.uri, path, job=False)
