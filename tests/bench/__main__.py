@@ -29,8 +29,10 @@ SECTIONS = ("reads", "tls", "stream", "wan", "qed", "guest", "slow-disk", "outag
 
 FAR_SECONDS = 0.025
 """A round trip between two cities of a continent."""
-SHARE = 4
-"""A part of the disk is enough on a long line, and on a slow disk: the slowest mover has some 20 MB/s there."""
+FAR_SHARE = 4
+SLOW_SHARE = 2
+"""A part of the disk is enough on a long line, and on a slow disk: the slowest mover has some 20 MB/s there. On the
+slow disk it is as much as keeps the fastest one busy for a second or two, or there were nothing to measure."""
 FAR_MOVERS = ("nbdstream", "block-stream")
 """Those that make an overlay which a guest can use meanwhile."""
 
@@ -93,7 +95,7 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
         ))  # fmt: skip
     if arguments.section in ("wan", "all"):
         sections.append(measure_transfers(
-            _part(source), server_named(servers, arguments.source),
+            _part(source, FAR_SHARE), server_named(servers, arguments.source),
             [mover for mover in peers.selected(movers, arguments.only) if mover.key.startswith(FAR_MOVERS)],
             rounds=arguments.rounds, scratch=scratch, sockets=sockets, round_trip=FAR_SECONDS,
         ))  # fmt: skip
@@ -109,7 +111,7 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
         ))  # fmt: skip
     if arguments.section in ("slow-disk", "all"):
         sections.append(measure_guests(
-            _part(source), peers.selected(on_slow_disk, arguments.only), slower=SLOW_SECONDS,
+            _part(source, SLOW_SHARE), peers.selected(on_slow_disk, arguments.only), slower=SLOW_SECONDS,
             rounds=arguments.rounds, scratch=scratch, sockets=sockets,
         ))  # fmt: skip
     if arguments.section in ("outage", "all"):
@@ -120,10 +122,10 @@ def _measure(arguments: argparse.Namespace, source: str, scratch: str, sockets: 
     return sections
 
 
-def _part(source: str) -> str:
-    """Make a source that is as long as a part of the file ``source``; return its path."""
+def _part(source: str, share: int) -> str:
+    """Make a source that is a ``share``-th as long as the file ``source``; return its path."""
     part = f"{source}.part"
-    _make_source(part, max(os.path.getsize(source) // SHARE, 1 << 20))
+    _make_source(part, max(os.path.getsize(source) // share, 1 << 20))
     return part
 
 

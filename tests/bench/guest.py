@@ -151,8 +151,8 @@ def measure_guests(
 ) -> Section:
     """Measure ``who`` over the raw file ``path``, which nbdkit serves.
 
-    Where barriers take ``slower`` seconds longer, as told to :func:`streamers`, only with guests that use the whole
-    disk: there the others never wait for a barrier.
+    Where their barriers take ``slower`` seconds longer (see :func:`streamers`), only with guests that use the whole
+    disk: one that keeps to what is local waits for no barrier.
     """
     loads = WHOLE_DISK if slower else LOADS
     section = _section(path, who, loads, slower)
