@@ -19,6 +19,8 @@ _FAST_ENOUGH = 0.5
 """Of the objective: below that the job takes more."""
 
 _DECREASE = 0.7
+_LARGEST_DECREASE = 0.3
+"""How much slower the job gets at a time: by as much as the guest's requests take too long, within these bounds."""
 _STEPS = 20
 """From the floor to the fastest that was seen, in increases: ten seconds, since they come every half one."""
 
@@ -84,7 +86,7 @@ class Governor:
             )
         # What it may do and does not is no help to the guest.
         now = rate if self.rate is None else min(self.rate, max(rate, FLOOR))
-        self.rate = max(FLOOR, now * _DECREASE)
+        self.rate = max(FLOOR, now * max(_LARGEST_DECREASE, min(_DECREASE, _TOO_SLOW * objective / p99)))
 
     def _take(self) -> None:
         self._complained = False

@@ -71,10 +71,17 @@ def test_it_never_goes_below_its_floor(caplog: pytest.LogCaptureFixture) -> None
 def test_a_slow_source_is_no_reason_to_yield_further_and_further() -> None:
     """What the job may do and does not is no help to the guest: the limit follows what it does."""
     governor = Governor(OBJECTIVE)
-    governor.look(1000, 0.02, 100 * MIB)
+    governor.look(1000, 0.004, 100 * MIB)
     assert governor.rate == pytest.approx(70 * MIB)
-    governor.look(1000, 0.02, 20 * MIB)
+    governor.look(1000, 0.004, 20 * MIB)
     assert governor.rate == pytest.approx(14 * MIB)
+
+
+@pytest.mark.parametrize(("p99", "left"), [(0.0036, 0.7), (0.007, 0.5), (1.0, 0.3)])
+def test_it_yields_as_much_as_the_guest_is_hurt(p99: float, left: float) -> None:
+    governor = Governor(OBJECTIVE)
+    governor.look(1000, p99, 100 * MIB)
+    assert governor.rate == pytest.approx(left * 100 * MIB)
 
 
 def test_a_few_requests_are_gathered_before_they_are_judged() -> None:
@@ -91,7 +98,7 @@ def test_its_objective_is_changed_while_it_works() -> None:
     governor.look(1000, 0.02, 100 * MIB)
     assert governor.rate is governor.depth is None
     governor.objective = OBJECTIVE
-    governor.look(1000, 0.02, 100 * MIB)
+    governor.look(1000, 0.004, 100 * MIB)
     assert governor.rate == pytest.approx(70 * MIB)
     governor.objective = None
     assert governor.rate is governor.depth is None
