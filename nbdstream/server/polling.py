@@ -28,7 +28,8 @@ class Polling:
 
     def __init__(self, longest: int, *, clock: Callable[[], int] = time.monotonic_ns) -> None:
         """``longest`` is for how many nanoseconds at a time; 0: never, and never where there is but one processor."""
-        self._longest = longest if len(os.sched_getaffinity(0)) > 1 else 0
+        self.longest = longest if len(os.sched_getaffinity(0)) > 1 else 0
+        """For how many nanoseconds at a time the loop is kept awake; 0: never."""
         self._loop = asyncio.get_running_loop()
         self._clock = clock
         self._replied = 0
@@ -44,7 +45,7 @@ class Polling:
         """Learn from requests that arrive whether it pays."""
         if self.awake:
             self._caution = 1
-        elif self._clock() - self._replied < _PAYS * self._longest:
+        elif self._clock() - self._replied < _PAYS * self.longest:
             self._quick += 1
             self._pays = self._quick >= self._caution
         else:
@@ -54,7 +55,7 @@ class Polling:
         """Stay awake for a while, if that pays: the replies have been sent, and nothing is in flight."""
         self._replied = self._clock()
         if self._pays:
-            self._until = self._replied + self._longest
+            self._until = self._replied + self.longest
             if not self.awake:
                 self.awake = True
                 self._loop.call_soon(self._look)
