@@ -53,5 +53,9 @@ class Gathering:
             pass
 
     def _has_plenty(self) -> bool:
-        fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, self._unread)
+        try:
+            fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, self._unread)
+        except OSError:  # not every kind of socket tells
+            self._longest = self._trust = 0
+            return False
         return self._unread[0] > _PLENTY_BYTES

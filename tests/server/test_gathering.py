@@ -91,6 +91,15 @@ def test_a_client_that_had_many_is_believed_to_have_them_for_a_while(
     assert clock.now == 0
 
 
+def test_a_socket_that_does_not_tell_is_asked_once(clock: Clock) -> None:
+    with open("/dev/null") as silent:
+        own = gathering(cast("Any", silent), clock)
+        own.wait(MANY)
+        clock.now = 0
+        own.wait(MANY)
+    assert clock.now == 0
+
+
 @pytest.mark.parametrize("has_socket", [True, False])
 def test_nobody_is_waited_for_without_polling_or_a_socket(
     ends: tuple[socket.socket, socket.socket], clock: Clock, has_socket: bool
