@@ -6,8 +6,8 @@ strace: so this is for what is measured, too.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import errno
 import fcntl
 import os
 import select
@@ -52,11 +52,8 @@ class HeldCalls:
 
     def let_go(self, call: int) -> None:
         """Let a call go on, if its thread is still there."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             fcntl.ioctl(self._listener, _SEND, _ANSWER.pack(call, 0, 0, _CONTINUE))
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
 
 
 def become(command: list[str], names: Sequence[str], watch: Callable[[HeldCalls], None]) -> NoReturn:
