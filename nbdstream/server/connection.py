@@ -51,9 +51,6 @@ _REPLY_PARTS: Final = 16
 """The same in buffers: eight reads. A client works on the first ones while we go on with the next; sent by fewer, what
 a system call costs is felt."""
 
-_SMALL_READ: Final = 16 << 10
-"""Bytes: of these the number counts, more than the length. (It pays to be in time for a longer one.)"""
-
 
 class Connection(asyncio.BufferedProtocol):
     """One client with one export open."""
@@ -185,7 +182,7 @@ class Connection(asyncio.BufferedProtocol):
         self._stalled = False
         self._polling.requested()
         try:
-            requests = self._serve_batch()
+            requests, read = self._serve_batch()
         except ProtocolError as error:
             _log.info("%s: %s", self._peer, error)
             self._transport.abort()
@@ -199,14 +196,11 @@ class Connection(asyncio.BufferedProtocol):
             self._compact()
         self._settle()
         if not (self._in_flight.requests or self.export.device.hydrating or self._transport.get_write_buffer_size()):
-            self._gathering.wait(requests)
+            self._gathering.wait(requests, read)
             self._polling.replied()
 
-    def _serve_batch(self) -> int:
-        """Take requests one after the other, until there is none that can be taken.
-
-        Return how many there were if they were small reads, most of them; else 0.
-        """
+    def _serve_batch(self) -> tuple[int, int]:
+        """Take requests while any can be taken; return how many, and how many bytes were read at once."""
         device, wire_replies = self.export.device, self._transmission.replies
         read_now, write_at_once = device.read_now, device.write_at_once
         read_header, done = wire_replies.read_header, wire_replies.done
@@ -248,7 +242,7 @@ class Connection(asyncio.BufferedProtocol):
         self.export.requests += requests
         self.export.bytes_read += total
         self.export.bytes_written += written
-        return requests if 0 < total <= requests * _SMALL_READ else 0
+        return requests, total
 
     def _serve(self, fields: RequestFields) -> bool:
         """Refuse a request or begin it; return False if it has to wait, and whatever comes behind it."""

@@ -24,8 +24,11 @@ _PLENTY_BYTES: Final = 48 << 10
 """In the socket, with what the kernel needs itself: ten reads of 4 KiB, so that the client has work when we go on."""
 
 _DEEP_REQUESTS: Final = 8
+_SMALL_READ: Final = 16 << 10
 _TRUST: Final = 64
-"""A client that sent more than 8 requests at once has many in flight: for the next 64 batches it is worth a look."""
+"""A client that sent more than 8 requests at once has many in flight: for the next 64 batches it is worth a look, if
+they were reads of 16 KiB at most. (Of these the number counts, more than the length. It pays to be in time for others.)
+"""
 
 
 class Gathering:
@@ -41,9 +44,9 @@ class Gathering:
         self._unread = array.array("i", [0])
         self._trust = 0
 
-    def wait(self, answered: int) -> None:
-        """Wait until the client has little left to read, after ``answered`` small reads at once; 20 µs at most."""
-        if answered > _DEEP_REQUESTS and self._longest:
+    def wait(self, requests: int, read: int) -> None:
+        """Wait, 20 µs at most, until the client has little left to read of a batch in which ``read`` bytes were."""
+        if requests > _DEEP_REQUESTS and 0 < read <= requests * _SMALL_READ and self._longest:
             self._trust = _TRUST
         elif not self._trust:
             return
