@@ -100,7 +100,8 @@ class Fetches:
             with self._somebody_waits():
                 await arrival
         start = (cluster - fetch.first) * self._cluster_size + within
-        if fetch.data is None or start + length > fetch.length:
+        # What the guest was told is written meanwhile is what it reads, though the old bytes would be allowed, too.
+        if fetch.data is None or start + length > fetch.length or not self._is_remote(cluster, cluster + 1):
             return None
         return fetch.data[start : start + length]
 

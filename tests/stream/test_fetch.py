@@ -155,6 +155,15 @@ async def test_what_the_guest_wrote_during_a_fetch_wins(stream: Streamed, disk: 
     assert stream.image.end - sum(length for _, length in stream.image.free_runs) == (1 + 4 + 4 + 1) * CLUSTER
 
 
+async def test_who_waits_for_a_fetch_reads_what_was_written_meanwhile(stream: Streamed, disk: SourceDisk) -> None:
+    disk.gate.clear()
+    reading = asyncio.create_task(stream.read(0, 10))
+    await disk.asked.wait()
+    await stream.overlay.write(0, b"\x99" * CLUSTER)
+    disk.gate.set()
+    assert await reading == b"\x99" * 10
+
+
 async def test_a_discard_during_a_fetch_wins(stream: Streamed, disk: SourceDisk) -> None:
     disk.gate.clear()
     reader = asyncio.create_task(stream.read(0, 10))
