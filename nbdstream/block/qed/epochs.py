@@ -20,7 +20,7 @@ import errno
 import logging
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVarTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from nbdstream.block.worker import Worker
 
 log = logging.getLogger(__name__)
+
+Ts = TypeVarTuple("Ts")
 
 _NOTED_SECONDS = 1.0
 """How long a link may be noted only: a stranger who opens the image after a kill -9 does not know the record."""
@@ -72,6 +74,7 @@ class Epochs:
         self._prompt = prompt
         self._timer: asyncio.TimerHandle | None = None
         self._barrier_seconds = 0.0
+        self._lost: OSError | None = None
         self._queue: list[tuple[int, int]] = []
         self._replaced: list[int] = []
         self._replaced_by_links_not_durable: list[int] = []
@@ -173,7 +176,7 @@ class Epochs:
         if self.failed:
             raise _final(self.failed)
         try:
-            await self._barrier()
+            await self._barrier(self._sync)
         except OSError as error:
             self._fail(error, [])
             raise _final(error) from error
@@ -223,25 +226,39 @@ class Epochs:
             _reject(linkers, error)
             queue, linkers, tables = self._postpone(queue), [], {}
         try:
-            await self._barrier()
-            _resolve(flushers)
+            await self._barrier(self._sync_and_link, tables, queue)
             self._recycle_durably(replaced)
-            await self._link(tables, queue)
+            self._linked(tables, queue)
             if self._record:
                 self._record.clear(half)
-            _resolve(linkers)
+            _resolve(flushers + linkers)
         except OSError as error:
             self._fail(error, linkers + flushers)
 
-    async def _barrier(self) -> None:
-        """Make durable what was written before."""
+    async def _barrier(self, call: Callable[[*Ts], None], *args: *Ts) -> None:
+        """Have the thread call what makes durable all that was written before."""
         begun = time.monotonic()
         self._prompt.held += 1
         try:
-            await self._worker.run(os.fdatasync, self._fd)
+            await self._worker.run(call, *args)
         finally:
             self._prompt.held -= 1
             self._barrier_seconds = time.monotonic() - begun
+
+    def _sync(self) -> None:
+        """Pass the barrier, or fail as one before did (*blocking*): the kernel tells of what it lost only once."""
+        if self._lost:
+            raise self._lost
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            self._lost = error
+            raise
+
+    def _sync_and_link(self, tables: dict[int, int], links: list[tuple[int, int]]) -> None:
+        """Pass the barrier and write the links (*blocking*). To hop to the loop between takes as long as that."""
+        self._sync()
+        self._tables.link(tables, links)
 
     async def _write_new_tables(self, queue: list[tuple[int, int]]) -> dict[int, int]:
         """Return the L2 tables that these links need and that did not exist: L1 index to file offset."""
@@ -270,10 +287,7 @@ class Epochs:
         if earlier:
             self._recycle(earlier)
 
-    async def _link(self, tables: dict[int, int], queue: list[tuple[int, int]]) -> None:
-        if not queue:
-            return
-        await self._worker.run(self._tables.link, tables, queue)
+    def _linked(self, tables: dict[int, int], queue: list[tuple[int, int]]) -> None:
         self._tables.linked(tables, queue)
         for index in tables:
             del self._reserved[index]

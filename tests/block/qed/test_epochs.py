@@ -12,6 +12,7 @@ import os
 import random
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -68,16 +69,19 @@ async def store(image: QedImage, cluster: int, data: bytes = b"\x11" * CLUSTER) 
 
 
 class Barriers:
-    """Counts fdatasyncs, and makes them fail."""
+    """Counts fdatasyncs, holds them up, and makes them fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         self.error: OSError | None = None
+        self.gate = threading.Event()
+        self.gate.set()
         self._sync = os.fdatasync
         monkeypatch.setattr(os, "fdatasync", self)
 
     def __call__(self, fd: int) -> None:
         self.count += 1
+        self.gate.wait(10)
         if self.error:
             error, self.error = self.error, None
             raise error
@@ -171,6 +175,24 @@ async def test_all_that_wait_hear_of_a_failed_barrier(image: QedImage, barriers:
     barriers.error = OSError(errno.EIO, "Input/output error")
     answers = await asyncio.gather(image.linked(), image.flush(), image.linked(), return_exceptions=True)
     assert all(isinstance(answer, OSError) and answer.errno == errno.EIO for answer in answers)
+
+
+async def test_a_barrier_behind_one_that_failed_links_nothing(path: str, image: QedImage, barriers: Barriers) -> None:
+    await store(image, 0)
+    with open(path, "rb") as file:
+        before = file.read(8 * CLUSTER)
+    barriers.gate.clear()
+    barriers.error = OSError(errno.EIO, "Input/output error")
+    growing = asyncio.create_task(image.set_size(SIZE))
+    while not barriers.count:
+        await asyncio.sleep(0)
+    linking = asyncio.create_task(image.linked())
+    await asyncio.sleep(0.01)
+    barriers.gate.set()
+    answers = await asyncio.gather(growing, linking, return_exceptions=True)
+    assert all(isinstance(answer, OSError) and answer.errno == errno.EIO for answer in answers)
+    with open(path, "rb") as file:
+        assert file.read(8 * CLUSTER) == before, "nothing is linked"
 
 
 async def test_what_was_local_can_still_be_read_after_a_failed_barrier(image: QedImage, barriers: Barriers) -> None:
