@@ -28,7 +28,7 @@ async def grow(overlay: Overlay, size: int) -> None:
     new = image.header.with_size(size).image_size
     if overlay.read_only:
         raise ImageError(f"{image.path} is open for reading only")
-    if overlay.remote is not None:
+    if overlay.below.remote is not None:
         raise ImageError(f"{image.path} is being streamed: it can grow when it is independent")
     if new == overlay.size:
         return
@@ -43,8 +43,8 @@ async def grow(overlay: Overlay, size: int) -> None:
 
 def _below_end(overlay: Overlay) -> int:
     """Return where what is below ends, in bytes."""
-    if overlay.below is not None:
-        return overlay.below.size
+    if overlay.below.device is not None:
+        return overlay.below.device.size
     image = overlay.image
     if image.backing_name is None:
         return 0

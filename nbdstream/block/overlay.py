@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import errno
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from nbdstream.block.below import Below, remote_extent
 from nbdstream.block.device import ZEROES, BlockDevice, Buffer, WriteDone, read_only_error, zero_buffers
 from nbdstream.block.qed.tables import UNALLOCATED, ZERO
 from nbdstream.block.qed.tidy import tidy
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from bitarray import bitarray
 
+    from nbdstream.block.below import Keeper
     from nbdstream.block.qed.image import QedImage
 
 _EXTENTS_AT_ONCE = 1024
@@ -33,19 +35,6 @@ _MOST_TIDIED = 256 << 20
 
 _CLUSTERS_AT_ONCE = 512
 """Clusters changed before others get a turn on the loop."""
-
-
-class Keeper(Protocol):
-    """Who makes remote clusters local when somebody needs them (copy-on-read)."""
-
-    async def read(self, cluster: int, within: int, length: int) -> memoryview | None:
-        """Return bytes of a cluster if they are there before it is local, which it becomes; None: :meth:`keep` it."""
-
-    async def keep(self, first: int, behind: int) -> None:
-        """Make the remote ones among clusters ``first .. behind-1`` local, or leave them (a full disk).
-
-        Raises OSError if their contents cannot be had.
-        """
 
 
 class Overlay(BlockDevice):
@@ -59,16 +48,11 @@ class Overlay(BlockDevice):
 
     def __init__(self, image: QedImage, below: BlockDevice | None = None) -> None:
         self.image = image
-        self.below = below
+        self.below = Below(below)
+        """What lies below, and which clusters are remote."""
         self.size = image.size
         self.read_only = image.read_only
         self.preferred_block = min(image.cluster_size, 65536)
-        self.keeper: Keeper | None = None
-        self.remote: bitarray | None = None
-        """While streaming: the clusters that are unallocated and not known to read as zero. None: all that are
-        unallocated may be below."""
-        self.remote_count = 0
-        """How many bits of ``remote`` are set."""
         self.zero: bitarray = image.zeroes if below is not None else image.zeroes | ~image.allocated
         """Opened for writing: the clusters that are known to read as zero and have no data."""
         self._cluster_size = image.cluster_size
@@ -102,13 +86,13 @@ class Overlay(BlockDevice):
         if entry > ZERO:
             view = self.image.view_now(entry + within, length)
             return None if view is None else (view,)
-        if entry == ZERO or not self._is_below(cluster):
+        if entry == ZERO or not self.below.has(cluster):
             return zero_buffers(length)
         return None
 
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:
         """Read; what is remote is kept, if somebody keeps it."""
-        if keeper := self.keeper:
+        if keeper := self.below.keeper:
             cluster, within = divmod(offset, self._cluster_size)
             behind = -(-(offset + length) // self._cluster_size)
             if behind == cluster + 1 and (data := await keeper.read(cluster, within, length)):
@@ -124,7 +108,7 @@ class Overlay(BlockDevice):
             elif entry == ZERO:
                 buffers.extend(zero_buffers(run))
             else:
-                buffers.extend(await self._read_below(offset, run))
+                buffers.extend(await self.below.read(offset, run))
             offset += run
         return buffers
 
@@ -137,36 +121,10 @@ class Overlay(BlockDevice):
         clusters = -(-(within + length) // self._cluster_size)
         entry, count = await self.image.run(cluster, clusters)
         if entry == UNALLOCATED:
-            below = self._is_below(cluster)
-            count = self._same_below(cluster, count, below=below)
-            entry = UNALLOCATED if below else ZERO
+            count = self.below.run(cluster, count)
+            entry = UNALLOCATED if self.below.has(cluster) else ZERO
         where = entry + within if entry > ZERO else entry
         return where, min(length, count * self._cluster_size - within)
-
-    def _is_below(self, cluster: int) -> bool:
-        """Whether an unallocated cluster is to be asked for below (else it reads as zero)."""
-        if self.remote is not None:
-            return bool(self.remote[cluster])
-        return self.below is not None
-
-    def _same_below(self, cluster: int, count: int, *, below: bool) -> int:
-        """Return how many of ``count`` unallocated clusters are below, or are not, like the first."""
-        if self.remote is None:
-            return count
-        other = self.remote.find(not below, cluster, cluster + count)
-        return count if other < 0 else other - cluster
-
-    async def _read_below(self, offset: int, length: int) -> Sequence[Buffer]:
-        """Read from below; behind its end there are zeroes."""
-        if self.below is None:  # it was taken away meanwhile: what is still unallocated reads as zero
-            return zero_buffers(length)
-        inside = max(0, min(length, self.below.size - offset))
-        if not inside:
-            return zero_buffers(length)
-        buffers = self.below.read_now(offset, inside)
-        if buffers is None:
-            buffers = await self.below.read(offset, inside)
-        return [*buffers, *zero_buffers(length - inside)]
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -185,7 +143,7 @@ class Overlay(BlockDevice):
             if self.written is not None:
                 self.written[cluster] = 1
             return image.prompt.write(data, entry + within)
-        if entry == UNALLOCATED and self._is_below(cluster):
+        if entry == UNALLOCATED and self.below.has(cluster):
             return False
         self._mark_written(cluster, cluster + 1)
         if not image.write_new_at_once(cluster, within, data):
@@ -280,8 +238,8 @@ class Overlay(BlockDevice):
                 return
             start = cluster * self._cluster_size
             head, tail = (start, within), (start + within + len(data), self._cluster_size - within - len(data))
-            if entry == UNALLOCATED and self._is_below(cluster):
-                keeper = self.keeper
+            if entry == UNALLOCATED and self.below.has(cluster):
+                keeper = self.below.keeper
                 whole = await keeper.read(cluster, 0, min(self._cluster_size, self.size - start)) if keeper else None
                 around: list[Sequence[Buffer]]
                 if whole:
@@ -289,7 +247,7 @@ class Overlay(BlockDevice):
                 else:
                     if keeper:
                         await keeper.keep(cluster, cluster + 1)
-                        if not self._is_below(cluster):
+                        if not self.below.has(cluster):
                             continue
                     around = [await self._edge_below(*head), await self._edge_below(*tail)]
                 if cluster in self._busy or self.image.entry_now(cluster) != entry:
@@ -305,7 +263,7 @@ class Overlay(BlockDevice):
     async def _edge_below(self, offset: int, length: int) -> Sequence[Buffer]:
         """Return what lies below beside a partial write; zeroes behind the end of the device."""
         inside = max(0, min(length, self.size - offset))
-        buffers = await self._read_below(offset, inside) if inside else ()
+        buffers = await self.below.read(offset, inside) if inside else ()
         return [*buffers, *zero_buffers(length - inside)]
 
     async def _allocate_part(self, cluster: int, buffers: list[Buffer]) -> None:
@@ -369,7 +327,7 @@ class Overlay(BlockDevice):
         self._mark_written(first, behind)
         for cluster in range(first, behind):
             entry = await self._settled_entry(cluster)
-            if entry > ZERO or (entry == UNALLOCATED and self._is_below(cluster)):
+            if entry > ZERO or (entry == UNALLOCATED and self.below.has(cluster)):
                 await self._map(cluster, ZERO)
             # Somebody else may have made it a zero cluster, and still be waiting for its link.
             safe = self._make_safe(cluster, 1) and safe
@@ -394,14 +352,9 @@ class Overlay(BlockDevice):
         await self.image.room()
         while (present := self.image.entry_now(cluster)) is None:
             await self.image.load_entry(cluster)
-        self._localize(cluster)
+        self.below.mark_local(cluster)
         self.zero[cluster] = entry == ZERO
         self.image.map(cluster, entry, replaced=present if present > ZERO else 0)
-
-    def _localize(self, cluster: int) -> None:
-        if self.remote is not None and self.remote[cluster]:
-            self.remote[cluster] = 0
-            self.remote_count -= 1
 
     def _mark_written(self, first: int, behind: int) -> None:
         """Note that the guest is about to write to clusters ``first .. behind-1``."""
@@ -434,13 +387,11 @@ class Overlay(BlockDevice):
     @property
     def hydrating(self) -> bool:
         """Whether somebody keeps what is fetched."""
-        return self.keeper is not None
+        return self.below.keeper is not None
 
     def begin_streaming(self, keeper: Keeper) -> None:
         """Take all that is unallocated to be remote, and have ``keeper`` keep what is read of it."""
-        self.remote = ~self.image.allocated
-        self.remote_count = self.remote.count()
-        self.keeper = keeper
+        self.below.begin_streaming(~self.image.allocated, keeper)
         self.written = self.image.written
 
     def adopt(self, cluster: int, place: int, count: int, zero: int) -> None:
@@ -449,12 +400,12 @@ class Overlay(BlockDevice):
         They lie one behind the other at ``place`` in the file, but for those whose bit is set in ``zero`` (bit i: the
         i-th): these were all zero and not written. What is not needed is given back to the image.
         """
-        remote = self.remote
+        remote = self.below.remote
         for index in range(count):
             wanted = remote is not None and remote[cluster + index]
             stored = wanted and not zero >> index & 1
             if wanted:
-                self._localize(cluster + index)
+                self.below.mark_local(cluster + index)
                 self.zero[cluster + index] = not stored
                 self.image.map(cluster + index, place if stored else ZERO)
             if not stored:
@@ -463,14 +414,14 @@ class Overlay(BlockDevice):
 
     def reads_zero(self, first: int, behind: int) -> None:
         """Note that the source says these clusters read as zero: they need not be fetched, nor allocated."""
-        if self.remote is not None:
-            self.remote_count -= self.remote.count(1, first, behind)
-            self.zero[first:behind] |= self.remote[first:behind]
-            self.remote[first:behind] = 0
+        if self.below.remote is not None:
+            self.zero[first:behind] |= self.below.remote[first:behind]
+            self.below.mark_zero(first, behind)
 
     def become_independent(self) -> None:
         """Forget what is below. No cluster is remote any more."""
-        self.below = self.keeper = self.remote = self.written = None
+        self.below.forget()
+        self.written = None
 
     # -- describing -------------------------------------------------------------------------------------------
 
@@ -486,38 +437,31 @@ class Overlay(BlockDevice):
     async def _extents_of_run(self, offset: int, length: int) -> list[Extent]:
         cluster, within = divmod(offset, self._cluster_size)
         entry, count = await self.image.run(cluster, -(-(within + length) // self._cluster_size))
-        below = entry == UNALLOCATED and (self._is_below(cluster) or self._misses_backing)
-        if entry == UNALLOCATED:
-            count = self._same_below(cluster, count, below=below)
+        unallocated = entry == UNALLOCATED
+        if unallocated:
+            count = self.below.run(cluster, count)
         length = min(length, count * self._cluster_size - within)
-        if below:
-            return await self._extents_below(offset, length)
         if entry > ZERO:
             return [Extent(offset, length, ExtentFlags.DATA)]
-        return [Extent(offset, length, ExtentFlags.HOLE | ExtentFlags.ZERO, depth=0 if entry == UNALLOCATED else 1)]
+        if unallocated and self._misses_backing:
+            return [remote_extent(offset, length)]
+        if unallocated and self.below.has(cluster):
+            return await self.below.extents(offset, length)
+        return [Extent(offset, length, ExtentFlags.HOLE | ExtentFlags.ZERO, depth=0 if unallocated else 1)]
 
     @property
     def _misses_backing(self) -> bool:
         """Whether the image has a backing file that was not opened: what is there can be described, not read."""
-        return self.below is None and self.remote is None and self.image.backing_name is not None
-
-    async def _extents_below(self, offset: int, length: int) -> list[Extent]:
-        if self.remote is not None or self._misses_backing:
-            return [Extent(offset, length, ExtentFlags.REMOTE, depth=2)]
-        if self.below is None or offset >= self.below.size:
-            return [Extent(offset, length, ExtentFlags.HOLE | ExtentFlags.ZERO, depth=0)]
-        extents = await self.below.extents(offset, min(length, self.below.size - offset))
-        return [extent._replace(depth=extent.depth + 1 if extent.depth else 0) for extent in extents]
+        return self.below.device is None and self.below.remote is None and self.image.backing_name is not None
 
     async def close(self) -> None:
         """Close the image, and what is below. A clean end leaves no leaks, unless there is much to move for that."""
         image = self.image
         if not self.read_only and not image.failed and sum(run for _, run in image.free_runs) <= _MOST_TIDIED:
             with suppress(OSError):  # a full disk; leaks do no harm
-                await tidy(image, self, fill=self.below is None and not self._misses_backing)
+                await tidy(image, self, fill=self.below.device is None and not self._misses_backing)
         await image.close()
-        if self.below:
-            await self.below.close()
+        await self.below.close()
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
         """Split a range at the cluster boundaries: (cluster, offset within it, bytes)."""

@@ -236,7 +236,7 @@ class DiskStream:
 
         It is the disk's size if it is independent.
         """
-        remote = self.overlay.remote
+        remote = self.overlay.below.remote
         if remote is None:
             return self.overlay.size
         cluster_size = self.overlay.image.cluster_size

@@ -61,7 +61,7 @@ class Fetch:
 
 
 class Fetches:
-    """Fetches remote clusters of one overlay. It is the overlay's :class:`~nbdstream.block.overlay.Keeper`."""
+    """Fetches remote clusters of one overlay. It is the overlay's :class:`~nbdstream.block.below.Keeper`."""
 
     def __init__(self, overlay: Overlay, source: Source) -> None:
         self._overlay = overlay
@@ -134,13 +134,13 @@ class Fetches:
             self.waiting -= 1
 
     def _is_remote(self, first: int, behind: int) -> bool:
-        remote = self._overlay.remote
+        remote = self._overlay.below.remote
         return remote is not None and remote.find(1, first, behind) >= 0
 
     def _needed(self, first: int, behind: int) -> list[Fetch]:
         """Return the fetches that together make these clusters local, begun where there was none."""
         needed: list[Fetch] = []
-        remote = self._overlay.remote
+        remote = self._overlay.below.remote
         while remote is not None and (first := remote.find(1, first, behind)) >= 0:
             fetch = self._in_flight.get(first) or self.begin(first, behind - first, urgent=True)
             needed.append(fetch)
@@ -150,7 +150,7 @@ class Fetches:
     def _read_ahead(self, first: int, behind: int) -> None:
         """Have what a sequential reader is going to want next on its way, if the source is there."""
         ahead = self._ahead.after(first * self._cluster_size, (behind - first) * self._cluster_size)
-        remote = self._overlay.remote
+        remote = self._overlay.below.remote
         if ahead is None or remote is None or not self._source.connected:
             return
         first, behind = ahead[0] // self._cluster_size, -(-(ahead[0] + ahead[1]) // self._cluster_size)
@@ -198,7 +198,7 @@ class Fetches:
 
     def _run(self, first: int, most: int) -> int:
         """Return how many clusters from ``first`` on are remote and not in flight."""
-        remote = self._overlay.remote
+        remote = self._overlay.below.remote
         assert remote is not None
         local = remote.find(0, first, first + most)
         behind = min(first + most, len(remote)) if local < 0 else local

@@ -54,14 +54,14 @@ class Hydration:
     @property
     def hydrated(self) -> bool:
         """Whether no cluster is remote any more, whatever of the source has been asked for."""
-        return self.overlay.remote is None or self.overlay.remote_count == 0
+        return self.overlay.below.remote is None or self.overlay.below.remote_count == 0
 
     @property
     def progress(self) -> Progress:
         """How far it has come."""
         size = self.overlay.size
         fetched = self.fetches.bytes_fetched
-        remote = min(size, self.overlay.remote_count * self.overlay.image.cluster_size)
+        remote = min(size, self.overlay.below.remote_count * self.overlay.image.cluster_size)
         return Progress(size - remote, size, self._rate.of(fetched), fetched, self.survey.data_bytes)
 
     async def _check(self, export: RemoteExport) -> None:

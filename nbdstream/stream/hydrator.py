@@ -108,8 +108,8 @@ class Hydrator:
         if self._paused or not self._survey.covers(self._end):
             return False
         if self._whole:
-            return self._overlay.remote_count == 0
-        return self._overlay.remote is None or self._overlay.remote.find(1, self._first, self._behind) < 0
+            return self._overlay.below.remote_count == 0
+        return self._overlay.below.remote is None or self._overlay.below.remote.find(1, self._first, self._behind) < 0
 
     async def _hydrate(self) -> None:
         epoch = _EPOCH_BYTES // self._image.cluster_size or 1
@@ -197,7 +197,7 @@ class Hydrator:
 
     def _next(self) -> int | None:
         """Return the next cluster that is remote, surveyed, and not in flight; None if there is none now."""
-        remote = self._overlay.remote
+        remote = self._overlay.below.remote
         if remote is None:
             return None
         known = self._behind if self._survey.done else self._survey.position // self._image.cluster_size

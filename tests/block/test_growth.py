@@ -151,7 +151,7 @@ async def test_what_is_open_for_reading_does_not_grow(path: str) -> None:
 
 async def test_what_is_being_streamed_does_not_grow(path: str) -> None:
     overlay = await opened(path, b"\x33" * SIZE)
-    overlay.remote = ~overlay.image.allocated
+    overlay.below.remote = ~overlay.image.allocated
     with pytest.raises(ImageError, match="being streamed"):
         await grow(overlay, 2 * SIZE)
     await overlay.close()

@@ -110,11 +110,11 @@ async def test_two_partial_writes_into_one_unallocated_cluster_are_both_there(tm
 async def test_a_failing_source_fails_a_partial_write_and_changes_nothing(tmp_path: Path) -> None:
     make(tmp_path / "o", 4 * CLUSTER)
     overlay = await reopen(tmp_path / "o", b"\x11" * 4 * CLUSTER)
-    assert isinstance(overlay.below, MemoryDevice)
-    overlay.below.error = OSError(errno.EIO, "broken")
+    assert isinstance(overlay.below.device, MemoryDevice)
+    overlay.below.device.error = OSError(errno.EIO, "broken")
     with pytest.raises(OSError, match="broken"):
         await write(overlay, 5, b"new")
-    overlay.below.error = None
+    overlay.below.device.error = None
     assert await read(overlay, 0, 10) == b"\x11" * 10
     await overlay.close()
 

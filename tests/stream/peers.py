@@ -129,8 +129,8 @@ class Streamed:
         return b"".join(map(bytes, buffers))
 
     def is_remote(self, cluster: int) -> bool:
-        assert self.overlay.remote is not None
-        return bool(self.overlay.remote[cluster])
+        assert self.overlay.below.remote is not None
+        return bool(self.overlay.below.remote[cluster])
 
 
 @contextlib.asynccontextmanager

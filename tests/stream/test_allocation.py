@@ -35,9 +35,9 @@ async def surveyed(stream: Streamed) -> list[int]:
     await survey.run()
     assert survey.done
     assert survey.position == stream.overlay.size
-    remote = stream.overlay.remote
+    remote = stream.overlay.below.remote
     assert remote is not None
-    assert stream.overlay.remote_count == remote.count()
+    assert stream.overlay.below.remote_count == remote.count()
     return list(remote.search(0))
 
 

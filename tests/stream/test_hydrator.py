@@ -45,7 +45,7 @@ async def all_is_local(stream: Streamed) -> bool:
 
 async def test_in_the_end_everything_is_local_and_was_fetched_once(stream: Streamed, disk: SourceDisk) -> None:
     await hydrate(stream)
-    assert stream.overlay.remote_count == 0
+    assert stream.overlay.below.remote_count == 0
     assert await all_is_local(stream)
     assert stream.fetches.bytes_fetched == disk.size
     assert all(disk.times_read(cluster) == 1 for cluster in range(40))
@@ -133,7 +133,7 @@ async def test_errors_of_the_source_are_tried_again(stream: Streamed, disk: Sour
     hydrating = asyncio.create_task(hydrate(stream))
     while len(disk.reads) < 20:
         await asyncio.sleep(0.001)
-    assert stream.overlay.remote_count == 40
+    assert stream.overlay.below.remote_count == 40
     disk.error = None
     await hydrating
     assert await all_is_local(stream)
@@ -165,7 +165,7 @@ async def test_a_full_disk_is_a_pause(stream: Streamed, monkeypatch: pytest.Monk
         hydrating = asyncio.create_task(hydrate(stream))
         while len(attempts) < 10:
             await asyncio.sleep(0.001)
-        assert stream.overlay.remote_count == 40
+        assert stream.overlay.below.remote_count == 40
     await hydrating
     assert await all_is_local(stream)
 

@@ -262,8 +262,8 @@ class Case:
     def _stream(self, overlay: Overlay, source: StepSource) -> Fetches:
         remote: bitarray = ~overlay.image.allocated
         remote[1:] = 0
-        overlay.remote, overlay.remote_count = remote, remote.count()
-        overlay.keeper = fetches = Fetches(overlay, source)
+        overlay.below.remote, overlay.below.remote_count = remote, remote.count()
+        overlay.below.keeper = fetches = Fetches(overlay, source)
         return fetches
 
     async def _steps(
@@ -349,7 +349,7 @@ async def perform(overlay: Overlay, fetches: Fetches | None, request: Request, n
         overlay.image.nudge()
     elif request.kind == "forget":
         overlay.image._tables._cache.clear()
-    elif fetches and overlay.remote and overlay.remote[0] and not fetches.is_in_flight(0):
+    elif fetches and overlay.below.remote and overlay.below.remote[0] and not fetches.is_in_flight(0):
         fetches.begin(0, 1)
     return b""
 

@@ -84,7 +84,7 @@ class Opened:
         await self.image._worker.close()
         await self.image._barriers.close()
         os.close(self.image._fd)
-        assert self.overlay.below
+        assert self.overlay.below.device
         await self.overlay.below.close()
 
 
