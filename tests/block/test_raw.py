@@ -16,6 +16,7 @@ from nbdstream.block.locks import Sharing
 from nbdstream.block.raw import RawImage
 from nbdstream.errors import ImageError, ImageLockedError
 from nbdstream.extents import Extent, ExtentFlags
+from tests.support.descriptors import open_files
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -407,7 +408,7 @@ async def test_a_refused_image_is_closed_again(tmp_path: Path) -> None:
         file.write(b"QED\0 and nothing else")
     with pytest.raises(ImageError):
         await RawImage.open(path)
-    assert path not in [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert path not in open_files()
 
 
 async def test_a_block_device_is_an_image(path: str, contents: bytes) -> None:

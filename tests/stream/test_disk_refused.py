@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import os
 import threading
@@ -16,6 +15,7 @@ from nbdstream.errors import ImageError, ImageLockedError, ListenError, Nbdstrea
 from nbdstream.stream.disk import DiskStream
 from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, some_bytes, stop_on_the_way, stream_all
 from tests.support import qed
+from tests.support.descriptors import open_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,9 +43,7 @@ def kept(path: str, others: set[threading.Thread]) -> list[str]:
     """What is still there of an image and of a source: descriptors, threads that are none of the ``others``."""
     threads = set(threading.enumerate()) - others
     found = [thread.name for thread in threads if thread.name.startswith(("qed", "nbd-source"))]
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    found += open_files()
     return [name for name in found if path in name or not name.startswith(("/", "pipe:", "socket:", "anon_inode:"))]
 
 

@@ -13,6 +13,7 @@ from nbdstream.block.qed.layout import Header
 from nbdstream.block.qed.opening import OpenFile, create_file, open_file, opened, read_header
 from nbdstream.errors import ImageError
 from tests.support import qed
+from tests.support.descriptors import open_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -224,13 +225,13 @@ def test_a_record_is_of_one_file_and_not_of_its_copy(own: str, tmp_path: Path) -
 
 def refused(path: str, match: str, *, writable: bool = True) -> None:
     before = content_of(path)
-    fds = len(os.listdir("/proc/self/fd"))
+    opened = open_files().count(path)
     with pytest.raises(ImageError, match=match) as error:
         look(path, writable=writable)
     assert path in str(error.value)
     assert "\n" not in str(error.value)
     assert content_of(path) == before
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert open_files().count(path) == opened
 
 
 @pytest.mark.parametrize("writable", [True, False])
