@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,8 @@ class Overlay(BlockDevice):
         self._cluster_size = image.cluster_size
         self.written: bitarray | None = None
         """While streaming: the clusters that the guest may have written (see :attr:`QedImage.written`)."""
+        self.last_flushed = -math.inf
+        """When a guest last flushed, by the loop's clock."""
         self._busy: dict[int, asyncio.Future[None]] = {}
 
     # -- reading ----------------------------------------------------------------------------------------------
@@ -380,6 +383,7 @@ class Overlay(BlockDevice):
 
     async def flush(self) -> None:
         """Make every answered write durable."""
+        self.last_flushed = asyncio.get_running_loop().time()
         await self.image.flush()
 
     # -- streaming --------------------------------------------------------------------------------------------

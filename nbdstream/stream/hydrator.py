@@ -36,13 +36,17 @@ _REQUESTS_AT_LEAST = 8
 """On their way: with fewer, the line is idle when they all end together."""
 
 _GUEST_SECONDS = 0.5
-"""For so long after a guest had to wait for the source it is assumed to come again."""
+"""For so long after a guest had to wait for the source, or flushed, it is assumed to come again."""
 
 _EPOCH_BYTES = 16 << 20
 """After so much an epoch begins: a guest's flush waits for what is undurable."""
 
 _MOST_UNDURABLE = 48 << 20
 """More than that does not wait for a barrier: a slow disk slows the hydrator down, not the guest's flushes."""
+
+_MOST_UNDURABLE_BESIDE_FLUSHES = 4 << 20
+"""The same while the guest flushes. The slowest of its flushes take half as long, and the stream a tenth longer; with
+less they gain nothing more."""
 
 _LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 1.0
@@ -113,7 +117,6 @@ class Hydrator:
 
     async def _hydrate(self) -> None:
         epoch = _EPOCH_BYTES // self._image.cluster_size or 1
-        most = _MOST_UNDURABLE // self._image.cluster_size or 1
         while not self._is_done:
             self._wake.clear()
             if self._image.failed:
@@ -125,10 +128,16 @@ class Hydrator:
             delay = 0.0 if idle else self._fetch_more()
             if self._image.backlog >= epoch:
                 self._image.nudge()
-            if self._image.backlog >= most:
+            if self._image.backlog >= self._most_undurable():
                 await self._link()
                 continue
             await self._wait(delay)
+
+    def _most_undurable(self) -> int:
+        """Return how many clusters may wait for a barrier."""
+        beside_flushes = self._loop.time() - self._overlay.last_flushed < _GUEST_SECONDS
+        most = _MOST_UNDURABLE_BESIDE_FLUSHES if beside_flushes else _MOST_UNDURABLE
+        return most // self._image.cluster_size or 1
 
     async def _link(self) -> None:
         """Wait until what was fetched is linked."""

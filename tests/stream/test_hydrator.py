@@ -204,11 +204,8 @@ async def test_a_failed_image_ends_it(stream: Streamed, monkeypatch: pytest.Monk
     monkeypatch.undo()
 
 
-async def test_an_undurable_backlog_is_linked_on_the_way(
-    stream: Streamed, disk: SourceDisk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hydrator_module, "_EPOCH_BYTES", 4 * CLUSTER)
-    monkeypatch.setattr(hydrator_module, "_MOST_UNDURABLE", 8 * CLUSTER)
+async def most_undurable(stream: Streamed, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Hydrate by single clusters, four at a time; return how many waited for a barrier at most."""
     monkeypatch.setattr(hydrator_module, "_REQUEST_BYTES", CLUSTER)
     monkeypatch.setattr(hydrator_module, "_REQUEST_BYTES_BESIDE_GUEST", CLUSTER)
     monkeypatch.setattr(Source, "memory_for_bulk", 4 * CLUSTER)
@@ -222,5 +219,23 @@ async def test_an_undurable_backlog_is_linked_on_the_way(
 
     monkeypatch.setattr(stream.overlay, "adopt", adopt)
     await hydrate(stream)
-    assert most <= 8 + 2 * 4  # what was in flight then, and what had been asked for before that was seen
     assert await all_is_local(stream)
+    return most
+
+
+async def test_an_undurable_backlog_is_linked_on_the_way(stream: Streamed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hydrator_module, "_EPOCH_BYTES", 4 * CLUSTER)
+    monkeypatch.setattr(hydrator_module, "_MOST_UNDURABLE", 8 * CLUSTER)
+    # What was in flight then, and what had been asked for before that was seen.
+    assert await most_undurable(stream, monkeypatch) <= 8 + 2 * 4
+
+
+async def test_less_may_be_undurable_while_the_guest_flushes(stream: Streamed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hydrator_module, "_MOST_UNDURABLE_BESIDE_FLUSHES", 4 * CLUSTER)
+    await stream.overlay.flush()
+    assert await most_undurable(stream, monkeypatch) <= 4 + 2 * 4
+
+
+async def test_without_flushes_nobody_waits_for_a_barrier(stream: Streamed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hydrator_module, "_MOST_UNDURABLE_BESIDE_FLUSHES", 4 * CLUSTER)
+    assert await most_undurable(stream, monkeypatch) == 40
