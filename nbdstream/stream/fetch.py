@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _LONGEST_FETCH = 1 << 20
 """Bytes that one fetch asks for at most: a guest's read waits behind those that are on the line."""
 
+_MOST_ALONG = 1 << 20
+"""Bytes that all the reads which somebody waits for bring along together: each of them waits for the others', too."""
 
 _SLACK = 256 << 10
 """Bytes: readers whose requests are further apart than that do not read in sequence, as far as a line is concerned."""
@@ -74,6 +76,8 @@ class Fetches:
         self.bytes_in_flight = 0
         self.waited: WeakSet[asyncio.Task[Any]] = WeakSet()
         """The tasks that had to wait for a fetch."""
+        self.along: Callable[[], int] | None = None
+        """Returns how many bytes a guest's read may bring along: what follows in the disk."""
         self.line = Line()
         self.waiting = 0
         """How many wait for a fetch now."""
@@ -92,7 +96,7 @@ class Fetches:
         if not self._is_remote(cluster, cluster + 1):
             return None
         self._read_ahead(cluster, cluster + 1)
-        fetch = self._in_flight.get(cluster) or self.begin(cluster, 1, urgent=True)
+        fetch = self._in_flight.get(cluster) or self._begin_for_read(cluster, length)
         if fetch.data is None:
             arrival: asyncio.Future[None] = self._loop.create_future()
             fetch.readers.append(arrival)
@@ -104,6 +108,13 @@ class Fetches:
         if fetch.data is None or start + length > fetch.length or not self._is_remote(cluster, cluster + 1):
             return None
         return fetch.data[start : start + length]
+
+    def _begin_for_read(self, cluster: int, length: int) -> Fetch:
+        """Begin to fetch a cluster, and what may come along: nothing for a partial write, which needs all of it."""
+        more = 0
+        if self.along and length < self._cluster_size:
+            more = min(self.along(), _MOST_ALONG // (self.waiting + 1)) // self._cluster_size
+        return self.begin(cluster, 1 + more, urgent=True)
 
     async def keep(self, first: int, behind: int) -> None:
         """Make clusters local for somebody who waits. Returns without, where the disk is full.

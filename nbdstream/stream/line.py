@@ -44,8 +44,12 @@ class Line:
     @property
     def bytes_held(self) -> int:
         """How much the line itself holds, without any queue in front of it or behind it."""
+        return self.bytes_within(0.0)
+
+    def bytes_within(self, seconds: float) -> int:
+        """How much arrives in so many seconds, or in the time of the quickest fetch if that is longer."""
         rate = max(self._rates)
-        return int(rate * self._latency) if rate else 0
+        return int(rate * max(seconds, self._latency)) if rate else 0
 
     @property
     def bytes_to_fill(self) -> int:

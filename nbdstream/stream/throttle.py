@@ -46,6 +46,11 @@ class Throttle:
             self._cap = cap
 
     @property
+    def limits(self) -> bool:
+        """Whether there is any limit."""
+        return self._effective is not None
+
+    @property
     def _effective(self) -> float | None:
         if self._rate is None or self._cap is None:
             return self._cap if self._rate is None else self._rate

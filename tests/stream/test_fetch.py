@@ -325,6 +325,18 @@ async def test_a_sequential_reader_finds_what_comes_next(stream: Streamed, disk:
     assert len(disk.reads) < 20
 
 
+async def test_what_comes_along_is_shared_by_those_who_wait(stream: Streamed, disk: SourceDisk) -> None:
+    stream.fetches.along = lambda: 1 << 30
+    disk.gate.clear()
+    readers = []
+    for number, cluster in enumerate((24, 12, 5, 0)):
+        readers.append(asyncio.create_task(stream.read(cluster * CLUSTER, 10)))
+        await asked(disk, number + 1)
+    disk.gate.set()
+    await asyncio.gather(*readers)
+    assert [length // CLUSTER for _, length in disk.reads] == [16, 9, 6, 5]
+
+
 async def test_a_random_reader_is_left_alone(stream: Streamed, disk: SourceDisk) -> None:
     for cluster in (30, 3, 17, 9, 38):
         await stream.read(cluster * CLUSTER, 512)

@@ -12,12 +12,13 @@ import pytest
 from nbdstream.block.remote import commands
 from nbdstream.stream import hydrator as hydrator_module
 from nbdstream.stream.hydrator import Hydrator
+from nbdstream.stream.line import Line
 from nbdstream.stream.source import Source
 from nbdstream.stream.throttle import Throttle
 from tests.stream.peers import CLUSTER, SourceDisk, SourceServer, Streamed, some_bytes, streamed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Coroutine
     from pathlib import Path
 
 
@@ -202,6 +203,76 @@ async def test_a_failed_image_ends_it(stream: Streamed, monkeypatch: pytest.Monk
         await hydrate(stream)
     assert errors.group_contains(OSError, match="no barrier")
     monkeypatch.undo()
+
+
+async def asked_for(stream: Streamed, guest: Coroutine[Any, Any, Any], throttle: Throttle) -> int:
+    """Return how many clusters are asked for when the guest wants something of cluster 34, beside a job."""
+    stream.disk.gate.clear()
+    hydrating = asyncio.create_task(hydrate(stream, throttle))
+    await stream.disk.asked.wait()  # for the first ones: the line is not known yet
+    wanting = asyncio.create_task(guest)
+    while not (found := read_at(stream.disk, 34)):
+        await asyncio.sleep(0.001)
+    stream.disk.gate.set()
+    throttle.rate = None
+    await asyncio.gather(hydrating, wanting)
+    return found[0]
+
+
+def read_at(disk: SourceDisk, cluster: int) -> list[int]:
+    """Return how many clusters were asked for by the requests that begin with this one."""
+    return [length // CLUSTER for offset, length in disk.reads if offset == cluster * CLUSTER]
+
+
+@pytest.fixture
+def fast_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Line, "bytes_within", lambda _line, _seconds: 1 << 30)
+
+
+@pytest.mark.usefixtures("fast_line")
+async def test_a_guests_read_brings_along_what_follows(stream: Streamed) -> None:
+    assert await asked_for(stream, stream.read(34 * CLUSTER + 5, 10), Throttle()) == 3
+
+
+async def test_on_a_slow_line_nothing_comes_along(stream: Streamed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Line, "bytes_within", lambda _line, _seconds: CLUSTER - 1)
+    assert await asked_for(stream, stream.read(34 * CLUSTER + 5, 10), Throttle()) == 1
+
+
+@pytest.mark.usefixtures("fast_line")
+async def test_with_a_job_that_is_limited_nothing_comes_along(stream: Streamed) -> None:
+    assert await asked_for(stream, stream.read(34 * CLUSTER + 5, 10), Throttle(CLUSTER)) == 1
+
+
+@pytest.mark.usefixtures("fast_line")
+async def test_with_a_partial_write_nothing_comes_along(stream: Streamed) -> None:
+    assert await asked_for(stream, stream.overlay.write(34 * CLUSTER + 5, b"new"), Throttle()) == 1
+    stream.disk.data[34 * CLUSTER + 5 : 34 * CLUSTER + 8] = b"new"
+    assert await all_is_local(stream)
+
+
+@pytest.mark.usefixtures("fast_line")
+async def test_while_the_job_is_paused_nothing_comes_along(stream: Streamed, disk: SourceDisk) -> None:
+    hydrator = Hydrator(stream.hydration, Throttle())
+    hydrator.pause()
+    hydrating = asyncio.create_task(hydrator.run())
+    await asyncio.sleep(0)
+    await stream.read(34 * CLUSTER, 10)
+    assert disk.reads == [(34 * CLUSTER, CLUSTER)]
+    hydrator.resume()
+    await hydrating
+
+
+@pytest.mark.usefixtures("fast_line")
+async def test_after_the_job_nothing_comes_along(stream: Streamed, disk: SourceDisk) -> None:
+    disk.gate.clear()
+    hydrating = asyncio.create_task(hydrate(stream))
+    await disk.asked.wait()
+    hydrating.cancel()
+    await asyncio.wait([hydrating])
+    disk.gate.set()
+    await stream.read(34 * CLUSTER, 10)
+    assert read_at(disk, 34) == [1]
 
 
 async def most_undurable(stream: Streamed, monkeypatch: pytest.MonkeyPatch) -> int:

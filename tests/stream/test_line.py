@@ -44,6 +44,14 @@ def test_what_the_line_itself_holds_is_less_than_what_fills_it() -> None:
     assert line.bytes_held == 2 * MIB < line.bytes_to_fill
 
 
+def test_what_arrives_within_a_time_is_no_less_than_within_the_quickest_fetch() -> None:
+    line = Line()
+    assert line.bytes_within(1.0) == 0, "nothing is known yet"
+    line.arrived(0.0, 0.1, 100)
+    line.arrived(0.0, 0.2, 200)
+    assert [line.bytes_within(seconds) for seconds in (0.01, 0.1, 0.5)] == [100, 100, 500]
+
+
 def test_another_line_is_learnt_anew() -> None:
     line = Line()
     line.arrived(0.0, 0.001, 100 * MIB)

@@ -99,6 +99,15 @@ def test_before_each_request_no_more_has_gone_than_the_rate_and_a_burst_allow(
             spent += length
 
 
+def test_either_of_two_limits_limits() -> None:
+    throttle = Throttle()
+    assert not throttle.limits
+    throttle.cap = 5.0
+    assert throttle.limits
+    throttle.cap, throttle.rate = None, 7
+    assert throttle.limits
+
+
 def test_of_two_limits_the_lower_one_holds() -> None:
     throttle = Throttle(1000, clock=Clock())
     throttle.cap = 500.0
