@@ -93,7 +93,7 @@ class Fetches:
 
         None if the cluster is local, or its bytes cannot be had so: :meth:`keep` says then what is wrong, if anything.
         """
-        if not self._is_remote(cluster, cluster + 1):
+        if not self._overlay.below.has(cluster):
             return None
         self._read_ahead(cluster, cluster + 1)
         fetch = self._in_flight.get(cluster) or self._begin_for_read(cluster, length)
@@ -105,7 +105,7 @@ class Fetches:
                 await arrival
         start = (cluster - fetch.first) * self._cluster_size + within
         # What the guest was told is written meanwhile is what it reads, though the old bytes would be allowed, too.
-        if fetch.data is None or start + length > fetch.length or not self._is_remote(cluster, cluster + 1):
+        if fetch.data is None or start + length > fetch.length or not self._overlay.below.has(cluster):
             return None
         return fetch.data[start : start + length]
 

@@ -54,7 +54,8 @@ class Hydration:
     @property
     def hydrated(self) -> bool:
         """Whether no cluster is remote any more, whatever of the source has been asked for."""
-        return self.overlay.below.remote is None or self.overlay.below.remote_count == 0
+        below = self.overlay.below
+        return below.remote is None or below.remote_count == 0
 
     @property
     def progress(self) -> Progress:

@@ -123,9 +123,10 @@ class Hydrator:
     def _is_done(self) -> bool:
         if self._paused or not self._survey.covers(self._end):
             return False
+        below = self._overlay.below
         if self._whole:
-            return self._overlay.below.remote_count == 0
-        return self._overlay.below.remote is None or self._overlay.below.remote.find(1, self._first, self._behind) < 0
+            return below.remote_count == 0
+        return below.remote is None or below.remote.find(1, self._first, self._behind) < 0
 
     async def _hydrate(self) -> None:
         epoch = _EPOCH_BYTES // self._image.cluster_size or 1

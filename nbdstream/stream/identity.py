@@ -40,9 +40,10 @@ async def compare(overlay: Overlay, export: RemoteExport, chance: random.Random 
 
 def _sample(overlay: Overlay, chance: random.Random) -> list[int]:
     """Return the first, the last, and some more of the clusters that hold what the source holds."""
-    if overlay.below.remote is None or overlay.written is None:
+    remote = overlay.below.remote
+    if remote is None or overlay.written is None:
         return []
-    theirs: bitarray = ~(overlay.below.remote | overlay.zero | overlay.written[: len(overlay.below.remote)])
+    theirs: bitarray = ~(remote | overlay.zero | overlay.written[: len(remote)])
     first = theirs.find(1)
     if first < 0:
         return []

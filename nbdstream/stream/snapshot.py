@@ -102,12 +102,13 @@ def disk_map(overlay: Overlay, in_flight: Sequence[int], columns: int) -> list[A
 def _amounts(overlay: Overlay, first: int, behind: int, in_flight: int) -> Amounts:
     cluster_size = overlay.image.cluster_size
     length = min(behind * cluster_size, overlay.size) - first * cluster_size
-    remote = overlay.below.remote.count(1, first, behind) if overlay.below.remote is not None else 0
+    bits = overlay.below.remote
+    remote = bits.count(1, first, behind) if bits is not None else 0
     zero = overlay.zero.count(1, first, behind)
     written = 0
-    if overlay.written is not None and overlay.below.remote is not None:
+    if overlay.written is not None and bits is not None:
         # What the guest wrote may be marked before it is there.
-        written = (overlay.written[first:behind] & ~overlay.below.remote[first:behind]).count()
+        written = (overlay.written[first:behind] & ~bits[first:behind]).count()
     # The last cluster may reach beyond the disk, and is counted whole.
     remote, zero = min(length, remote * cluster_size), min(length, zero * cluster_size)
     in_flight, written = min(length, in_flight * cluster_size), min(length, written * cluster_size)

@@ -23,10 +23,10 @@ class NobodyKeeps:
     """A keeper that is never asked."""
 
     async def read(self, cluster: int, within: int, length: int) -> memoryview | None:
-        raise NotImplementedError
+        raise AssertionError("nobody asks it")
 
     async def keep(self, first: int, behind: int) -> None:
-        raise NotImplementedError
+        raise AssertionError("nobody asks it")
 
 
 def streaming(remote: Sequence[bool]) -> Below:

@@ -262,8 +262,8 @@ class Case:
     def _stream(self, overlay: Overlay, source: StepSource) -> Fetches:
         remote: bitarray = ~overlay.image.allocated
         remote[1:] = 0
-        overlay.below.remote, overlay.below.remote_count = remote, remote.count()
-        overlay.below.keeper = fetches = Fetches(overlay, source)
+        fetches = Fetches(overlay, source)
+        overlay.below.begin_streaming(remote, fetches)
         return fetches
 
     async def _steps(

@@ -74,7 +74,7 @@ class Epochs:
         self._prompt = prompt
         self._timer: asyncio.TimerHandle | None = None
         self._barrier_seconds = 0.0
-        self._lost: OSError | None = None
+        self._lost: OSError | None = None  # the thread's own: it knows of a failed barrier before the loop does
         self._queue: list[tuple[int, int]] = []
         self._replaced: list[int] = []
         self._replaced_by_links_not_durable: list[int] = []
