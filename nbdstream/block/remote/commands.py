@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 Done: TypeAlias = Callable[[Any, OSError | None], None]
 
 _SMALLEST_BUFFER = 64 << 10
+_WRITE_BYTES = 64 << 10
+"""Written to the file at once. As long as a write takes, the file system lets nobody else write to that file: neither a
+guest, nor an epoch its links. With half a megabyte at once, a guest's flushes take twice as long at their 99th
+percentile, its writes half as long again."""
+
 _LONGEST_STATUS = 1 << 30
 _STATUS_FLAGS = int(ExtentFlags.HOLE | ExtentFlags.ZERO)
 
@@ -166,7 +171,8 @@ class Copy(_Transfer):
         with memoryview(self._buffer)[at : at + self.length] as data:
             runs = data_runs(mask, self.length, self.zero_unit)
             for begin, end in runs:
-                pwrite_all(self.fd, data[begin:end], self.file_offset + begin)
+                for start in range(begin, end, _WRITE_BYTES):
+                    pwrite_all(self.fd, data[start : min(start + _WRITE_BYTES, end)], self.file_offset + start)
         if self.write_back and runs:
             start_write_back(self.fd, self.file_offset + runs[0][0], runs[-1][1] - runs[0][0])
         if not self.own:
