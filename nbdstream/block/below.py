@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 class Keeper(Protocol):
     """Who makes remote clusters local when somebody needs them (copy-on-read)."""
 
-    async def read(self, cluster: int, within: int, length: int) -> memoryview | None:
+    def want(self, offset: int, length: int) -> None:
+        """Have what is remote in this range on its way: somebody is going to :meth:`read` it."""
+
+    async def read(self, cluster: int, within: int, length: int) -> Buffer | None:
         """Return bytes of a cluster if they are there before it is local, which it becomes; None: :meth:`keep` it."""
 
     async def keep(self, first: int, behind: int) -> None:

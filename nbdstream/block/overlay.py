@@ -95,12 +95,8 @@ class Overlay(BlockDevice):
 
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:
         """Read; what is remote is kept, if somebody keeps it."""
-        if keeper := self.below.keeper:
-            cluster, within = divmod(offset, self._cluster_size)
-            behind = -(-(offset + length) // self._cluster_size)
-            if behind == cluster + 1 and (data := await keeper.read(cluster, within, length)):
-                return [data]
-            await keeper.keep(cluster, behind)
+        if self.below.keeper:
+            self.below.keeper.want(offset, length)
         buffers: list[Buffer] = []
         end = offset + length
         while offset < end:
@@ -110,10 +106,24 @@ class Overlay(BlockDevice):
                 buffers.append(await self.image.view(entry, run) if view is None else view)
             elif entry == ZERO:
                 buffers.extend(zero_buffers(run))
+            elif keeper := self.below.keeper:
+                run = min(run, self._cluster_size - offset % self._cluster_size)
+                kept = await self._read_kept(keeper, offset, run)
+                if kept is None:
+                    continue
+                buffers.extend(kept)
             else:
                 buffers.extend(await self.below.read(offset, run))
             offset += run
         return buffers
+
+    async def _read_kept(self, keeper: Keeper, offset: int, length: int) -> Sequence[Buffer] | None:
+        """Read in a remote cluster, which becomes local; None if it is so by now, and to be read once more."""
+        cluster, within = divmod(offset, self._cluster_size)
+        if data := await keeper.read(cluster, within, length):
+            return [data]
+        await keeper.keep(cluster, cluster + 1)
+        return await self.below.read(offset, length) if self.below.has(cluster) else None
 
     async def _run(self, offset: int, length: int) -> tuple[int, int]:
         """Return (where, bytes) of what begins at ``offset`` and lies together.
@@ -243,7 +253,10 @@ class Overlay(BlockDevice):
             head, tail = (start, within), (start + within + len(data), self._cluster_size - within - len(data))
             if entry == UNALLOCATED and self.below.has(cluster):
                 keeper = self.below.keeper
-                whole = await keeper.read(cluster, 0, min(self._cluster_size, self.size - start)) if keeper else None
+                length = min(self._cluster_size, self.size - start)
+                if keeper:
+                    keeper.want(start, length)
+                whole = await keeper.read(cluster, 0, length) if keeper else None
                 around: list[Sequence[Buffer]]
                 if whole:
                     around = [[whole[:within]], [whole[within + len(data) :]]]

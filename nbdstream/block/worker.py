@@ -128,7 +128,7 @@ def _tell(finished: list[_Finished]) -> None:
 
 
 def give_way() -> None:
-    """Let this thread, which moves bulk data, have a processor behind those that a guest waits for (setpriority(2)).
+    """Let this thread, which receives bulk data, have a processor behind those that a guest waits for (setpriority(2)).
 
     Where the processors have all that they can do, this halves how long a guest's requests take.
     """

@@ -19,6 +19,7 @@ from nbdstream.stream.line import Line
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from nbdstream.block.device import Buffer
     from nbdstream.block.overlay import Overlay
     from nbdstream.stream.source import Request, Source
 
@@ -27,6 +28,9 @@ _LONGEST_FETCH = 1 << 20
 
 _MOST_ALONG = 1 << 20
 """Bytes that all the reads which somebody waits for bring along together: each of them waits for the others', too."""
+
+_SMALL_PART = 8
+"""An eighth of a fetch, or less, is copied for who reads it: else all of it is in memory until a client takes that."""
 
 _SLACK = 256 << 10
 """Bytes: readers whose requests are further apart than that do not read in sequence, as far as a line is concerned."""
@@ -88,33 +92,43 @@ class Fetches:
         self.on_finished: Callable[[Fetch, OSError | None], None] = lambda _fetch, _error: None
         """Called when a fetch ended, with what went wrong."""
 
-    async def read(self, cluster: int, within: int, length: int) -> memoryview | None:
-        """Return bytes of a remote cluster as soon as they are there, which is before it is kept.
+    def want(self, offset: int, length: int) -> None:
+        """Have what is remote in this range on its way, ahead of all that nobody waits for."""
+        first, behind = offset // self._cluster_size, -(-(offset + length) // self._cluster_size)
+        if not self._is_remote(first, behind):
+            return
+        self._read_ahead(first, behind)
+        if length < self._cluster_size and behind == first + 1 and first not in self._in_flight:
+            self.begin(first, 1 + self._clusters_along(), urgent=True)
+            return
+        for fetch in self._needed(first, behind):
+            self._source.hurry(fetch.request)
 
-        None if the cluster is local, or its bytes cannot be had so: :meth:`keep` says then what is wrong, if anything.
+    def _clusters_along(self) -> int:
+        """Return how many clusters a guest's read may bring along: none for a partial write, which needs all of one."""
+        if not self.along:
+            return 0
+        return min(self.along(), _MOST_ALONG // (self.waiting + 1)) // self._cluster_size
+
+    async def read(self, cluster: int, within: int, length: int) -> Buffer | None:
+        """Return bytes of a remote cluster that is wanted as soon as they are there, which is before it is kept.
+
+        None if it is local, or its bytes cannot be had so: :meth:`keep` says then what is wrong, if anything.
         """
-        if not self._overlay.below.has(cluster):
+        fetch = self._in_flight.get(cluster)
+        if fetch is None:
             return None
-        self._read_ahead(cluster, cluster + 1)
-        fetch = self._in_flight.get(cluster) or self._begin_for_read(cluster, length)
         if fetch.data is None:
             arrival: asyncio.Future[None] = self._loop.create_future()
             fetch.readers.append(arrival)
-            self._source.hurry(fetch.request)
             with self._somebody_waits():
                 await arrival
         start = (cluster - fetch.first) * self._cluster_size + within
         # What the guest was told is written meanwhile is what it reads, though the old bytes would be allowed, too.
         if fetch.data is None or start + length > fetch.length or not self._overlay.below.has(cluster):
             return None
-        return fetch.data[start : start + length]
-
-    def _begin_for_read(self, cluster: int, length: int) -> Fetch:
-        """Begin to fetch a cluster, and what may come along: nothing for a partial write, which needs all of it."""
-        more = 0
-        if self.along and length < self._cluster_size:
-            more = min(self.along(), _MOST_ALONG // (self.waiting + 1)) // self._cluster_size
-        return self.begin(cluster, 1 + more, urgent=True)
+        data = fetch.data[start : start + length]
+        return bytes(data) if length <= fetch.length // _SMALL_PART else data
 
     async def keep(self, first: int, behind: int) -> None:
         """Make clusters local for somebody who waits. Returns without, where the disk is full.

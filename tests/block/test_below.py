@@ -22,6 +22,9 @@ DATA = bytes(range(1, 101))
 class NobodyKeeps:
     """A keeper that is never asked."""
 
+    def want(self, offset: int, length: int) -> None:
+        raise AssertionError("nobody asks it")
+
     async def read(self, cluster: int, within: int, length: int) -> memoryview | None:
         raise AssertionError("nobody asks it")
 

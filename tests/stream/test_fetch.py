@@ -85,6 +85,69 @@ async def test_nobody_waits_until_what_was_fetched_is_in_the_file(
     assert disk.reads == [(CLUSTER, CLUSTER)]
 
 
+async def test_nobody_waits_for_what_is_stored_before_it(
+    stream: Streamed, disk: SourceDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    being_stored, may_be_stored = threading.Event(), threading.Event()
+
+    def store(fd: int, data: bytes, offset: int) -> None:
+        being_stored.set()
+        may_be_stored.wait(10)
+        pwrite_all(fd, data, offset)
+
+    monkeypatch.setattr(commands, "pwrite_all", store)
+    stream.fetches.begin(0, 2)
+    await asyncio.to_thread(being_stored.wait, 10)
+    stream.fetches.begin(2, 2)
+    await asked(disk, 2)
+    for cluster in range(4):  # two that are being stored, two that wait for that or are still on their way
+        assert await stream.read(cluster * CLUSTER + 5, 100) == cluster_of(disk, cluster)[5:105]
+    assert await stream.read(4 * CLUSTER, CLUSTER) == cluster_of(disk, 4)
+    assert all(stream.is_remote(cluster) for cluster in range(5))
+    may_be_stored.set()
+    await kept(stream)
+    assert [await stream.read(cluster * CLUSTER, CLUSTER) for cluster in range(5)] == [
+        cluster_of(disk, cluster) for cluster in range(5)
+    ]
+    assert not any(stream.is_remote(cluster) for cluster in range(5))
+
+
+async def test_a_read_of_several_clusters_asks_for_all_at_once_and_waits_for_none_to_be_stored(
+    stream: Streamed, disk: SourceDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_be_stored = threading.Event()
+
+    def store(fd: int, data: bytes, offset: int) -> None:
+        may_be_stored.wait(10)
+        pwrite_all(fd, data, offset)
+
+    monkeypatch.setattr(commands, "pwrite_all", store)
+    await stream.overlay.write(2 * CLUSTER, b"local".ljust(CLUSTER))
+    disk.gate.clear()
+    reader = asyncio.create_task(stream.read(CLUSTER + 5, 3 * CLUSTER))
+    await asked(disk, 2)
+    disk.gate.set()
+    expected = cluster_of(disk, 1)[5:] + b"local".ljust(CLUSTER) + cluster_of(disk, 3) + cluster_of(disk, 4)[:5]
+    assert await reader == expected
+    assert sorted(disk.reads) == [(CLUSTER, CLUSTER), (3 * CLUSTER, 2 * CLUSTER)]
+    assert stream.is_remote(1)
+    may_be_stored.set()
+    await kept(stream)
+
+
+async def test_what_was_read_stays_while_other_data_arrives(stream: Streamed, disk: SourceDisk) -> None:
+    disk.gate.clear()
+    stream.fetches.begin(0, 2)
+    reader = asyncio.create_task(stream.overlay.read(CLUSTER, CLUSTER))
+    await asked(disk)
+    disk.gate.set()
+    [data] = await reader
+    await kept(stream)
+    for first in range(2, 10, 2):
+        await finish(stream, first, 2)
+    assert data == cluster_of(disk, 1)
+
+
 async def test_what_was_fetched_leaves_nothing_for_the_garbage_collector(stream: Streamed) -> None:
     gc.collect()
     gc.disable()

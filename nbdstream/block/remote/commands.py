@@ -141,7 +141,7 @@ class Read(_Transfer):
 class Copy(_Transfer):
     """Read, and write to a file. The result is the mask of the zero units, which were not written."""
 
-    __slots__ = ("arrived", "fd", "file_offset", "own", "write_back", "zero_unit")
+    __slots__ = ("_claimed", "_lock", "arrived", "fd", "file_offset", "write_back", "zero_unit")
 
     fd: int
     file_offset: int
@@ -150,19 +150,29 @@ class Copy(_Transfer):
     write_back: bool
     """Begin to write to the disk what was written to the file."""
     arrived: Callable[[memoryview, OSError | None], None] | None
-    """Told on the loop of the bytes of an urgent one that are there and not written yet."""
-    own: bool
-    """Whether its buffer is not the pool's."""
+    """Told on the loop of the bytes, which are not written yet, if it is urgent by then."""
+
+    def __init__(self, offset: int, length: int, done: Done, *, urgent: bool) -> None:
+        super().__init__(offset, length, done, urgent=urgent)
+        self._lock = threading.Lock()
+        self._claimed = False
 
     def allocate(self, length: int, pool: BufferPool) -> bytearray:
-        """Return one from the pool; a fresh one where somebody else is going to look at it."""
-        self.own = self.urgent and self.arrived is not None
-        return bytearray(length) if self.own else pool.take(length)
+        """Return one from the pool."""
+        return pool.take(length)
 
-    def received(self) -> memoryview | None:
-        """Return the bytes, if they may be looked at while they are written and after."""
+    def lend(self) -> memoryview | None:
+        """Return the bytes for good, so that the buffer is not the pool's again; None if it is already, or was lent."""
+        if not self._claim():
+            return None
         at = self.offset - self.start
-        return memoryview(self._buffer)[at : at + self.length].toreadonly() if self.own else None
+        return memoryview(self._buffer)[at : at + self.length].toreadonly()
+
+    def _claim(self) -> bool:
+        """Decide whose the buffer is when it has been written: true for the first who asks, in whatever thread."""
+        with self._lock:
+            first, self._claimed = not self._claimed, True
+        return first
 
     def finish(self, pool: BufferPool) -> int:
         """Write to the file, and return the mask."""
@@ -175,7 +185,7 @@ class Copy(_Transfer):
                     pwrite_all(self.fd, data[start : min(start + _WRITE_BYTES, end)], self.file_offset + start)
         if self.write_back and runs:
             start_write_back(self.fd, self.file_offset + runs[0][0], runs[-1][1] - runs[0][0])
-        if not self.own:
+        if self._claim():
             pool.give(self._buffer)
         return mask
 

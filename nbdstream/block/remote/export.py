@@ -123,7 +123,7 @@ class RemoteExport(BlockDevice):
         With ``zero_unit``, of the range's units of so many bytes those that hold only zeroes are not
         written but told of. ``write_back`` has the kernel begin at once to bring the data to the disk: an
         fdatasync is needed all the same, and is shorter. ``arrived`` is told, on the loop, of the bytes of a copy that
-        was urgent when it was sent, as soon as they are there and before they are in the file. ``fd`` must stay open
+        is urgent by then, as soon as they are there, which is before they are in the file. ``fd`` must stay open
         until ``done``, which is called on the loop, never before this returns, and tells a failed write as it tells a
         failed read.
         What is returned can be given to :meth:`hurry`.
@@ -134,7 +134,6 @@ class RemoteExport(BlockDevice):
         command.zero_unit = zero_unit
         command.write_back = write_back
         command.arrived = arrived
-        command.own = False
         self._submit(command)
         return command
 

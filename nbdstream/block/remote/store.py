@@ -6,12 +6,9 @@ read that a guest waits for is never behind it.
 
 from __future__ import annotations
 
-import itertools
 import threading
-from queue import PriorityQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
-
-from nbdstream.block.worker import give_way
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,27 +17,29 @@ if TYPE_CHECKING:
 
 
 class Store:
-    """Has copies finished one by one, the urgent ones first. How many wait is bounded by who asks for them."""
+    """Has copies finished one by one. How many wait is bounded by who asks for them.
+
+    None overtakes another, however urgent it is: who waited for its bytes has them by now, and while a guest goes on
+    reading, what is overtaken would wait for ever. Nor does the thread give way: as fast as it is, the stream is.
+    """
 
     def __init__(self, finish: Callable[[Copy], None]) -> None:
         """Start the thread; ``finish`` is called there, and must not raise."""
         self._finish = finish
-        self._numbers = itertools.count()
-        self._queue: PriorityQueue[tuple[int, int, Copy | None]] = PriorityQueue()
+        self._queue: SimpleQueue[Copy | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="nbd-store", daemon=True)
         self._thread.start()
 
     def put(self, copy: Copy) -> None:
         """Have a copy finished whose data is there."""
-        self._queue.put((not copy.urgent, next(self._numbers), copy))
+        self._queue.put(copy)
 
     def close(self) -> None:
         """Wait until all of them are finished, and end the thread."""
-        self._queue.put((2, 0, None))  # behind every copy
+        self._queue.put(None)
         self._thread.join()
 
     def _serve(self) -> None:
-        give_way()
-        while (copy := self._queue.get()[2]) is not None:
+        while (copy := self._queue.get()) is not None:
             self._finish(copy)
             del copy  # and its buffer: the next one may be long in coming

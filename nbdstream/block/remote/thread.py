@@ -152,7 +152,10 @@ class RemoteThread:
             self._finish(command)
 
     def _hurry(self, command: Command) -> None:
-        """Let what of a command is not on the line yet overtake all bulk data."""
+        """Let what of a command is not on the line yet overtake all bulk data; tell of what has arrived already."""
+        if isinstance(command, Copy) and not (command.pieces_left or command.error):
+            self._show(command)
+            return
         mine = [piece for piece in self._bulk if piece.command is command]
         if mine:
             self._urgent.extend(mine)
@@ -200,11 +203,15 @@ class RemoteThread:
         if command.pieces_left:
             return
         if isinstance(command, Copy) and command.error is None:
-            if command.arrived and (data := command.received()):
-                self._mailbox.answer(command.arrived, data, None)
+            self._show(command)
             self._store.put(command)
         else:
             self._finish(command)
+
+    def _show(self, copy: Copy) -> None:
+        """Tell whoever waits for a copy of its bytes: it may be a while until they are written."""
+        if copy.urgent and copy.arrived and (data := copy.lend()):
+            self._mailbox.answer(copy.arrived, data, None)
 
     def _finish(self, command: Command) -> None:
         result = None

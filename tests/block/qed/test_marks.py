@@ -59,6 +59,9 @@ class Opened:
     async def open(cls, path: str, backing: str) -> Opened:
         return cls(await QedImage.open(path, writable=True, marked=True), await RawImage.open(backing))
 
+    def want(self, offset: int, length: int) -> None:
+        pass
+
     async def read(self, cluster: int, within: int, length: int) -> None:
         pass
 
