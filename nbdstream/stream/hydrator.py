@@ -34,8 +34,9 @@ cluster that is on its way already; beyond what a long line itself holds."""
 
 _ALONG_BYTES = 128 << 10
 """What a guest's read of remote data brings along. A fetch costs as much as 256 KiB of data, so a guest that reads at
-random can keep two processors busy with single clusters: with this its disk is whole in two thirds of the time, and its
-slowest reads take a fifth longer until then. With 192 KiB it is half of the time, and half as long again."""
+random can keep two processors busy with single clusters: with this its disk is whole in three quarters of the time, and
+its slowest reads take a quarter longer until then. With 512 KiB it is little more than half of the time, and those take
+three quarters longer."""
 
 _ALONG_SECONDS = 0.0005
 """What the line takes longer for than this, or than for a round trip, does not come along."""
