@@ -34,6 +34,9 @@ _EXTENTS_AT_ONCE = 1024
 _MOST_TIDIED = 256 << 20
 """Bytes that are moved when an image is closed: a clean image is worth a second, not a minute."""
 
+_FLUSHES_AGAIN_SECONDS = 0.5
+"""For so long after a guest flushed, it is assumed to do so again."""
+
 _CLUSTERS_AT_ONCE = 512
 """Clusters changed before others get a turn on the loop."""
 
@@ -59,8 +62,7 @@ class Overlay(BlockDevice):
         self._cluster_size = image.cluster_size
         self.written: bitarray | None = None
         """While streaming: the clusters that the guest may have written (see :attr:`QedImage.written`)."""
-        self.last_flushed = -math.inf
-        """When a guest last flushed, by the loop's clock."""
+        self._last_flushed = -math.inf
         self._busy: dict[int, asyncio.Future[None]] = {}
 
     # -- reading ----------------------------------------------------------------------------------------------
@@ -396,8 +398,13 @@ class Overlay(BlockDevice):
 
     async def flush(self) -> None:
         """Make every answered write durable."""
-        self.last_flushed = asyncio.get_running_loop().time()
+        self._last_flushed = asyncio.get_running_loop().time()
         await self.image.flush()
+
+    @property
+    def beside_flushes(self) -> bool:
+        """Whether a guest is likely to flush soon: it did a moment ago."""
+        return asyncio.get_running_loop().time() - self._last_flushed < _FLUSHES_AGAIN_SECONDS
 
     # -- streaming --------------------------------------------------------------------------------------------
 

@@ -215,6 +215,7 @@ class Fetches:
             place,
             lambda zero, error: self._copied(fetch, zero, error),
             zero_unit=self._cluster_size,
+            short_writes=self._overlay.beside_flushes,
             urgent=urgent,
             wanted=lambda: urgent or bool(fetch.waiters or fetch.readers),
             arrived=lambda data, _error: self._arrived(fetch, data),

@@ -45,7 +45,7 @@ _REQUESTS_AT_LEAST = 8
 """On their way: with fewer, the line is idle when they all end together."""
 
 _GUEST_SECONDS = 0.5
-"""For so long after a guest had to wait for the source, or flushed, it is assumed to come again."""
+"""For so long after a guest had to wait for the source, it is assumed to come again."""
 
 _EPOCH_BYTES = 16 << 20
 """After so much an epoch begins: a guest's flush waits for what is undurable."""
@@ -149,8 +149,7 @@ class Hydrator:
 
     def _most_undurable(self) -> int:
         """Return how many clusters may wait for a barrier."""
-        beside_flushes = self._loop.time() - self._overlay.last_flushed < _GUEST_SECONDS
-        most = _MOST_UNDURABLE_BESIDE_FLUSHES if beside_flushes else _MOST_UNDURABLE
+        most = _MOST_UNDURABLE_BESIDE_FLUSHES if self._overlay.beside_flushes else _MOST_UNDURABLE
         return most // self._image.cluster_size or 1
 
     async def _link(self) -> None:

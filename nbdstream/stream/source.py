@@ -295,6 +295,7 @@ class Source(BlockDevice):
         done: CopyDone,
         *,
         zero_unit: int,
+        short_writes: bool = False,
         urgent: bool,
         wanted: Callable[[], bool],
         arrived: CopyArrived | None = None,
@@ -316,8 +317,9 @@ class Source(BlockDevice):
                 done(zero, error)
 
             return export.copy_soon(
-                offset, length, fd, place, finished, zero_unit=zero_unit, urgent=request.urgent, arrived=arrived
-            )
+                offset, length, fd, place, finished,
+                zero_unit=zero_unit, short_writes=short_writes, urgent=request.urgent, arrived=arrived,
+            )  # fmt: skip
 
         request = Request(ask, lambda error: done(None, error), urgent=urgent, wanted=wanted)
         self._submit(request)

@@ -179,6 +179,7 @@ class StepSource(Source):
         done: CopyDone,
         *,
         zero_unit: int,
+        short_writes: bool = False,
         urgent: bool,
         wanted: Callable[[], bool],
         arrived: CopyArrived | None = None,

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 Done: TypeAlias = Callable[[Any, OSError | None], None]
 
 _SMALLEST_BUFFER = 64 << 10
-_WRITE_BYTES = 64 << 10
-"""Written to the file at once. As long as a write takes, the file system lets nobody else write to that file: neither a
-guest, nor an epoch its links. With half a megabyte at once, a guest's flushes take twice as long at their 99th
-percentile, its writes half as long again."""
+_SHORT_WRITE = 64 << 10
+"""Bytes. As long as a write takes, the file system lets nobody else write to that file: with half a megabyte at once, a
+guest's flushes, for which links have to be written, take half as long again at their 99th percentile. But after each
+write this thread has to wait for Python's lock: beside a guest that reads all the time, short ones take the stream half
+as long again."""
 
 _LONGEST_STATUS = 1 << 30
 _STATUS_FLAGS = int(ExtentFlags.HOLE | ExtentFlags.ZERO)
@@ -141,12 +142,14 @@ class Read(_Transfer):
 class Copy(_Transfer):
     """Read, and write to a file. The result is the mask of the zero units, which were not written."""
 
-    __slots__ = ("_claimed", "_lock", "arrived", "fd", "file_offset", "write_back", "zero_unit")
+    __slots__ = ("_claimed", "_lock", "arrived", "fd", "file_offset", "short_writes", "write_back", "zero_unit")
 
     fd: int
     file_offset: int
     zero_unit: int
     """Bytes; 0 writes everything."""
+    short_writes: bool
+    """Let others write to the file in between."""
     write_back: bool
     """Begin to write to the disk what was written to the file."""
     arrived: Callable[[memoryview, OSError | None], None] | None
@@ -178,11 +181,12 @@ class Copy(_Transfer):
         """Write to the file, and return the mask."""
         at = self.offset - self.start
         mask = zero_mask(self._buffer, at, self.length, self.zero_unit) if self.zero_unit else 0
+        step = _SHORT_WRITE if self.short_writes else max(1, self.length)
         with memoryview(self._buffer)[at : at + self.length] as data:
             runs = data_runs(mask, self.length, self.zero_unit)
             for begin, end in runs:
-                for start in range(begin, end, _WRITE_BYTES):
-                    pwrite_all(self.fd, data[start : min(start + _WRITE_BYTES, end)], self.file_offset + start)
+                for start in range(begin, end, step):
+                    pwrite_all(self.fd, data[start : min(start + step, end)], self.file_offset + start)
         if self.write_back and runs:
             start_write_back(self.fd, self.file_offset + runs[0][0], runs[-1][1] - runs[0][0])
         if self._claim():

@@ -116,16 +116,17 @@ class RemoteExport(BlockDevice):
         zero_unit: int = 0,
         urgent: bool = False,
         write_back: bool = True,
+        short_writes: bool = False,
         arrived: CopyArrived | None = None,
     ) -> Copy:
         """Read a range and write it to ``fd`` at ``file_offset``, neither of it on the loop.
 
         With ``zero_unit``, of the range's units of so many bytes those that hold only zeroes are not
         written but told of. ``write_back`` has the kernel begin at once to bring the data to the disk: an
-        fdatasync is needed all the same, and is shorter. ``arrived`` is told, on the loop, of the bytes of a copy that
-        is urgent by then, as soon as they are there, which is before they are in the file. ``fd`` must stay open
-        until ``done``, which is called on the loop, never before this returns, and tells a failed write as it tells a
-        failed read.
+        fdatasync is needed all the same, and is shorter. With ``short_writes`` others can write to the file in
+        between. ``arrived`` is told, on the loop, of the bytes of a copy that is urgent by then, as soon as they are
+        there, which is before they are in the file. ``fd`` must stay open until ``done``, which is called on the loop,
+        never before this returns, and tells a failed write as it tells a failed read.
         What is returned can be given to :meth:`hurry`.
         """
         command = Copy(offset, length, done, urgent=urgent)
@@ -133,6 +134,7 @@ class RemoteExport(BlockDevice):
         command.file_offset = file_offset
         command.zero_unit = zero_unit
         command.write_back = write_back
+        command.short_writes = short_writes
         command.arrived = arrived
         self._submit(command)
         return command

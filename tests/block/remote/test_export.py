@@ -185,6 +185,14 @@ async def test_units_of_zeroes_are_told_and_not_written(servers: Servers, tmp_pa
     assert os.pread(target, 20_580, 0) == data + filled + filled + data + nothing[:-1] + b"x" + filled[:100]
 
 
+async def test_short_writes_bring_the_same(servers: Servers, target: int) -> None:
+    async with connected(servers.nbdkit("pattern", "1M")) as export:
+        copies = Copies(export, target)
+        copies.start(100, 200_000, 50, short_writes=True)
+        assert await copies.wait() == [(0, None)]
+    assert os.pread(target, 300_000, 50) == pattern(100, 200_000)
+
+
 async def test_without_a_unit_zeroes_are_written(servers: Servers, target: int) -> None:
     os.pwrite(target, b"\xff" * 8192, 0)
     async with connected(servers.nbdkit("memory", "1M")) as export:
