@@ -255,10 +255,11 @@ class Overlay(BlockDevice):
             head, tail = (start, within), (start + within + len(data), self._cluster_size - within - len(data))
             if entry == UNALLOCATED and self.below.has(cluster):
                 keeper = self.below.keeper
-                length = min(self._cluster_size, self.size - start)
+                whole: Buffer | None = None
                 if keeper:
+                    length = min(self._cluster_size, self.size - start)
                     keeper.want(start, length)
-                whole = await keeper.read(cluster, 0, length) if keeper else None
+                    whole = await keeper.read(cluster, 0, length)
                 around: list[Sequence[Buffer]]
                 if whole:
                     around = [[whole[:within]], [whole[within + len(data) :]]]

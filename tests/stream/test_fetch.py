@@ -29,6 +29,26 @@ async def stream(server: SourceServer, tmp_path: Path) -> AsyncIterator[Streamed
         yield stream
 
 
+class Storing:
+    """What was fetched is written to the file as soon as that is allowed."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.allowed = threading.Event()
+
+    def store(self, fd: int, data: bytes, offset: int) -> None:
+        self.begun.set()
+        self.allowed.wait(10)
+        pwrite_all(fd, data, offset)
+
+
+@pytest.fixture
+def storing(monkeypatch: pytest.MonkeyPatch) -> Storing:
+    storing = Storing()
+    monkeypatch.setattr(commands, "pwrite_all", storing.store)
+    return storing
+
+
 def cluster_of(disk: SourceDisk, cluster: int) -> bytes:
     return bytes(disk.data[cluster * CLUSTER : (cluster + 1) * CLUSTER])
 
@@ -63,21 +83,14 @@ async def test_what_a_guest_reads_is_kept(stream: Streamed, disk: SourceDisk) ->
 
 
 async def test_nobody_waits_until_what_was_fetched_is_in_the_file(
-    stream: Streamed, disk: SourceDisk, monkeypatch: pytest.MonkeyPatch
+    stream: Streamed, disk: SourceDisk, storing: Storing
 ) -> None:
-    may_be_stored = threading.Event()
-
-    def store(fd: int, data: bytes, offset: int) -> None:
-        may_be_stored.wait(10)
-        pwrite_all(fd, data, offset)
-
-    monkeypatch.setattr(commands, "pwrite_all", store)
     assert await stream.read(CLUSTER + 5, 100) == disk.data[CLUSTER + 5 : CLUSTER + 105]
     assert stream.is_remote(1)
     assert await stream.read(CLUSTER, 5) == disk.data[CLUSTER : CLUSTER + 5]
     await stream.overlay.write(CLUSTER + 10, b"new")
     assert not stream.is_remote(1)
-    may_be_stored.set()
+    storing.allowed.set()
     await kept(stream)
     expected = bytearray(cluster_of(disk, 1))
     expected[10:13] = b"new"
@@ -86,25 +99,17 @@ async def test_nobody_waits_until_what_was_fetched_is_in_the_file(
 
 
 async def test_nobody_waits_for_what_is_stored_before_it(
-    stream: Streamed, disk: SourceDisk, monkeypatch: pytest.MonkeyPatch
+    stream: Streamed, disk: SourceDisk, storing: Storing
 ) -> None:
-    being_stored, may_be_stored = threading.Event(), threading.Event()
-
-    def store(fd: int, data: bytes, offset: int) -> None:
-        being_stored.set()
-        may_be_stored.wait(10)
-        pwrite_all(fd, data, offset)
-
-    monkeypatch.setattr(commands, "pwrite_all", store)
     stream.fetches.begin(0, 2)
-    await asyncio.to_thread(being_stored.wait, 10)
+    await asyncio.to_thread(storing.begun.wait, 10)
     stream.fetches.begin(2, 2)
     await asked(disk, 2)
     for cluster in range(4):  # two that are being stored, two that wait for that or are still on their way
         assert await stream.read(cluster * CLUSTER + 5, 100) == cluster_of(disk, cluster)[5:105]
     assert await stream.read(4 * CLUSTER, CLUSTER) == cluster_of(disk, 4)
     assert all(stream.is_remote(cluster) for cluster in range(5))
-    may_be_stored.set()
+    storing.allowed.set()
     await kept(stream)
     assert [await stream.read(cluster * CLUSTER, CLUSTER) for cluster in range(5)] == [
         cluster_of(disk, cluster) for cluster in range(5)
@@ -113,15 +118,8 @@ async def test_nobody_waits_for_what_is_stored_before_it(
 
 
 async def test_a_read_of_several_clusters_asks_for_all_at_once_and_waits_for_none_to_be_stored(
-    stream: Streamed, disk: SourceDisk, monkeypatch: pytest.MonkeyPatch
+    stream: Streamed, disk: SourceDisk, storing: Storing
 ) -> None:
-    may_be_stored = threading.Event()
-
-    def store(fd: int, data: bytes, offset: int) -> None:
-        may_be_stored.wait(10)
-        pwrite_all(fd, data, offset)
-
-    monkeypatch.setattr(commands, "pwrite_all", store)
     await stream.overlay.write(2 * CLUSTER, b"local".ljust(CLUSTER))
     disk.gate.clear()
     reader = asyncio.create_task(stream.read(CLUSTER + 5, 3 * CLUSTER))
@@ -131,7 +129,7 @@ async def test_a_read_of_several_clusters_asks_for_all_at_once_and_waits_for_non
     assert await reader == expected
     assert sorted(disk.reads) == [(CLUSTER, CLUSTER), (3 * CLUSTER, 2 * CLUSTER)]
     assert stream.is_remote(1)
-    may_be_stored.set()
+    storing.allowed.set()
     await kept(stream)
 
 
