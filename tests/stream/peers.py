@@ -128,6 +128,16 @@ class Streamed:
             buffers = await self.overlay.read(offset, length)
         return b"".join(map(bytes, buffers))
 
+    async def kept(self) -> None:
+        """Wait until all that was fetched is in the file: who reads has its bytes before."""
+        while self.fetches.bytes_in_flight:
+            await asyncio.sleep(0.001)
+
+    async def fetch(self, first: int, behind: int) -> None:
+        """Have clusters read, and in the file."""
+        await self.read(first * CLUSTER, (behind - first) * CLUSTER)
+        await self.kept()
+
     def is_remote(self, cluster: int) -> bool:
         assert self.overlay.below.remote is not None
         return bool(self.overlay.below.remote[cluster])

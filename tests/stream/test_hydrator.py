@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from nbdstream.block import overlay as overlay_module
 from nbdstream.block.remote import commands
 from nbdstream.stream import hydrator as hydrator_module
 from nbdstream.stream.hydrator import Hydrator
@@ -303,6 +305,7 @@ async def test_an_undurable_backlog_is_linked_on_the_way(stream: Streamed, monke
 
 async def test_less_may_be_undurable_while_the_guest_flushes(stream: Streamed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hydrator_module, "_MOST_UNDURABLE_BESIDE_FLUSHES", 4 * CLUSTER)
+    monkeypatch.setattr(overlay_module, "_FLUSHES_AGAIN_SECONDS", math.inf)
     await stream.overlay.flush()
     assert await most_undurable(stream, monkeypatch) <= 4 + 2 * 4
 

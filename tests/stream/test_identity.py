@@ -33,12 +33,12 @@ async def compared(stream: Streamed, server: SourceServer, seed: int = 0) -> int
 
 
 async def test_the_same_disk_is_the_same(stream: Streamed, server: SourceServer) -> None:
-    await stream.read(0, 10 * CLUSTER)
+    await stream.fetch(0, 10)
     assert await compared(stream, server) >= 5
 
 
 async def test_a_sample_is_bounded(stream: Streamed, server: SourceServer, disk: SourceDisk) -> None:
-    await stream.read(0, 40 * CLUSTER)
+    await stream.fetch(0, 40)
     disk.reads.clear()
     assert await compared(stream, server) <= 16
     assert len(disk.reads) <= 16
@@ -49,7 +49,7 @@ async def test_a_sample_is_bounded(stream: Streamed, server: SourceServer, disk:
 async def test_the_first_and_the_last_are_always_compared(
     stream: Streamed, server: SourceServer, disk: SourceDisk, cluster: int
 ) -> None:
-    await stream.read(0, 10 * CLUSTER)
+    await stream.fetch(0, 10)
     disk.data[cluster * CLUSTER + 77] ^= 1
     with pytest.raises(WrongSourceError, match=f"another disk: it differs at {cluster * CLUSTER}"):
         await compared(stream, server)
@@ -58,7 +58,7 @@ async def test_the_first_and_the_last_are_always_compared(
 async def test_another_disk_is_another_whatever_is_compared(
     stream: Streamed, server: SourceServer, disk: SourceDisk
 ) -> None:
-    await stream.read(20 * CLUSTER, 2 * CLUSTER)
+    await stream.fetch(20, 22)
     disk.data[:] = some_bytes(40 * CLUSTER + 1)[:-1]
     for seed in range(5):
         with pytest.raises(WrongSourceError):
@@ -66,7 +66,7 @@ async def test_another_disk_is_another_whatever_is_compared(
 
 
 async def test_what_the_guest_wrote_is_not_compared(stream: Streamed, server: SourceServer) -> None:
-    await stream.read(0, 10 * CLUSTER)
+    await stream.fetch(0, 10)
     await stream.overlay.write(0, b"the guest's")
     await stream.overlay.write(20 * CLUSTER, b"x" * CLUSTER)
     await stream.overlay.discard(9 * CLUSTER, CLUSTER)
@@ -81,14 +81,14 @@ async def test_with_nothing_local_nothing_can_be_compared(stream: Streamed, serv
 
 async def test_zeroes_are_no_evidence(stream: Streamed, server: SourceServer, disk: SourceDisk) -> None:
     disk.data[:] = bytes(disk.size)
-    await stream.read(0, 10 * CLUSTER)
+    await stream.fetch(0, 10)
     assert await compared(stream, server) == 0
 
 
 async def test_a_write_during_the_comparison_is_no_difference(
     stream: Streamed, server: SourceServer, disk: SourceDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await stream.read(0, CLUSTER)
+    await stream.fetch(0, 1)
     read = stream.image.read
 
     async def beside_a_guest(place: int, length: int) -> bytes:
@@ -102,7 +102,7 @@ async def test_a_write_during_the_comparison_is_no_difference(
 async def test_a_source_that_cannot_be_read_is_an_error(
     stream: Streamed, server: SourceServer, disk: SourceDisk
 ) -> None:
-    await stream.read(0, CLUSTER)
+    await stream.fetch(0, 1)
     disk.error = OSError(errno.EIO, "a bad sector")
     with pytest.raises(OSError, match=r"."):
         await compared(stream, server)
