@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
 import os
+import tempfile
 import time
 
 SETTLE_SECONDS = 5.0
 SETTLED_BYTES = 4 << 20
 STEP = 1 << 20
-_MORE_MEMORY = 1 << 30
-"""Bytes, above what a turn puts into the page cache."""
+_MORE_MEMORY = 128 << 20
+"""Bytes, above what a turn puts into the page cache: with 2 GiB, still less than the kernel begins to write back."""
+_FIRST_CLUSTER = 9 << 16
+"""Where qemu-nbd puts the first cluster: how large a folio can be is a matter of where in the file it begins."""
 
 
 def settle() -> None:
@@ -21,14 +23,19 @@ def settle() -> None:
         time.sleep(0.1)
 
 
-def bring_in_memory(length: int) -> None:
-    """Have free memory be there for ``length`` bytes of the page cache, and for what else a turn takes.
+def bring_in_memory(length: int, scratch: str) -> None:
+    """Have free memory be there for ``length`` bytes of a file that a turn writes in the directory ``scratch``.
 
     A virtual machine gives what is free back to its host for a while (free page reporting; Linux does it two seconds
     after the memory was freed). Whoever writes there first waits for the host: a copy into new pages of the page cache
-    takes ten times as long.
+    takes ten times as long. So a file is written as somebody's turn writes one, and removed before it gets to the disk.
+    Touching as much anonymous memory instead does not do: single pages of it leave folios of a file to be found
+    elsewhere, for some turns and not for others.
     """
-    mmap.mmap(-1, length + _MORE_MEMORY, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+    piece = bytes(STEP)
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        for offset in range(_FIRST_CLUSTER, _FIRST_CLUSTER + length + _MORE_MEMORY, STEP):
+            os.pwrite(file.fileno(), piece, offset)
 
 
 def _undurable_bytes() -> int:

@@ -199,7 +199,7 @@ def _measure(
 ) -> tuple[dict[str, float], dict[str, float]]:
     bring_into_cache(path)
     settle()
-    bring_in_memory(os.path.getsize(path))
+    bring_in_memory(os.path.getsize(path), scratch)
     statistics, overlay = f"{scratch}/nbdkit.stats", f"{scratch}/guest.qed"
     source = on_unix(f"{sockets}/guest-source")
     disk = Disk(source.uri, overlay, f"{sockets}/guest", f"{sockets}/guest-monitor")

@@ -202,7 +202,7 @@ class _Bench:
         if workload.share:
             written = int(self._size * workload.share)
             duration = [f"--io_size={written}", "--randrepeat=0"]
-            bring_in_memory(written)
+            bring_in_memory(written, self._scratch)
         try:
             argv = server.overlay if workload.image == "overlay" else server.writable
             assert argv is not None
