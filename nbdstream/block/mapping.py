@@ -12,6 +12,7 @@ import asyncio
 import ctypes
 import mmap
 import os
+import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_NORESERVE = 0x4000
+_MADV_COLD = 20
+_MADV_POPULATE_READ = 22
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _mmap = _libc.mmap
@@ -31,6 +34,9 @@ _munmap = _libc.munmap
 _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _madvise = _libc.madvise
 _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+# Not to let go of the interpreter for some microseconds: another thread would keep it for much longer.
+_madvise_now = ctypes.PyDLL(None, use_errno=True).madvise
+_madvise_now.argtypes = _madvise.argtypes
 
 
 class _Pages:
@@ -95,6 +101,24 @@ class Mapping:
         if end > self.reach or not self._residency.resident(offset, length):
             return None
         return self._bytes[offset:end]
+
+    def part_folio(self, offset: int) -> bool:
+        """Have what is in memory at ``offset`` lie in single pages of the page cache; return if it did not, probably.
+
+        To call a page cold, of a large folio that is mapped as a whole, makes Linux part the folio, if it is clean and
+        nobody else has it mapped. That takes longer than to map the page, and much less where there is nothing to part:
+        so we tell. A kernel before 5.14 does nothing.
+        """
+        offset -= offset % mmap.PAGESIZE
+        if offset >= self.reach or not self._residency.resident(offset, mmap.PAGESIZE):
+            return False
+        page = self._address + offset
+        begun = time.monotonic()
+        if _madvise_now(page, mmap.PAGESIZE, _MADV_POPULATE_READ):
+            return False
+        mapped = time.monotonic()
+        _madvise_now(page, mmap.PAGESIZE, _MADV_COLD)
+        return time.monotonic() - mapped > mapped - begun
 
     @property
     def generation(self) -> object:

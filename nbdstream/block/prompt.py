@@ -13,8 +13,11 @@ import resource
 import time
 from typing import TYPE_CHECKING
 
+from nbdstream.block.folios import PIECE_SHIFT
+
 if TYPE_CHECKING:
     from nbdstream.block.device import Buffer
+    from nbdstream.block.folios import Folios
 
 _LONG_SECONDS = 0.001
 """A write that took longer has waited, or somebody else had the processor."""
@@ -34,10 +37,11 @@ _PAGE_MASK = os.sysconf("SC_PAGE_SIZE") - 1
 class PromptWriter:
     """Writes into one file, as long as that takes no time. Its methods belong to the loop's thread."""
 
-    def __init__(self, fd: int, length: int) -> None:
+    def __init__(self, fd: int, length: int, folios: Folios) -> None:
         """``length``: the file is at least so long, bytes."""
         self._fd = fd
         self._length = length
+        self._folios = folios
         self._not_before = 0.0
         self._watched = 0
         self.held = 0
@@ -57,6 +61,9 @@ class PromptWriter:
         begun = time.monotonic()
         if begun < self._not_before:
             return False
+        folios = self._folios
+        if begun >= folios.until or (folios.trying and offset >> PIECE_SHIFT not in folios.known):
+            folios.part(offset, begun)
         sleeps = -1
         if self._watched:
             self._watched -= 1

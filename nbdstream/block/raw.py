@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nbdstream.block.device import ZEROES, BlockDevice, read_only_error, zero_buffers
 from nbdstream.block.files import Run, open_image, punch_hole, runs, zero_range
 from nbdstream.block.flush import SharedFlush
+from nbdstream.block.folios import Folios
 from nbdstream.block.locks import Sharing, take_locks
 from nbdstream.block.mapping import Mapping
 from nbdstream.block.prompt import PromptWriter
@@ -57,7 +58,7 @@ class RawImage(BlockDevice):
         self._writes = Worker("raw-write")
         self._long_writes = Worker("raw-long-write")
         self._syncs = Worker("raw-sync")
-        self._prompt = PromptWriter(fd, size)
+        self._prompt = PromptWriter(fd, size, Folios(fd, self._mapping.part_folio))
         self._barrier = SharedFlush(fd, self._syncs, path)
         self._waiting = 0
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))

@@ -28,7 +28,7 @@ OUR_RAW: Final = "nbdstream, raw"
 VERIFIED_BYTES: Final = 4 << 20
 """What everybody writes for others to read back before it is measured: more than a thousand clusters."""
 
-Image = Literal["allocated", "empty", "overlay"]
+Image = Literal["allocated", "converted", "empty", "overlay"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ READS = QedWorkload(
 WRITES = QedWorkload(
     "4 KiB random writes to an allocated image", "writes/s", "allocated", ("--rw=randwrite", "--bs=4k", "--iodepth=32")
 )
+CONVERTED_WRITES = QedWorkload(
+    "4 KiB random writes to an image just converted",
+    "writes/s",
+    "converted",
+    ("--rw=randwrite", "--bs=4k", "--iodepth=32"),
+)
 NEW_WRITES = QedWorkload(
     "4 KiB random writes to an empty image", "writes/s", "empty", ("--rw=randwrite", "--bs=4k", "--iodepth=32"), 1 / 32
 )
@@ -70,7 +76,7 @@ NEW_SEQUENCE = QedWorkload(
 LOCAL_READS = QedWorkload(
     "4 KiB random reads of an overlay, all local", "reads/s", "overlay", ("--rw=randread", "--bs=4k", "--iodepth=32")
 )
-WORKLOADS = (READS, WRITES, NEW_WRITES, NEW_SEQUENCE, LOCAL_READS)
+WORKLOADS = (READS, WRITES, CONVERTED_WRITES, NEW_WRITES, NEW_SEQUENCE, LOCAL_READS)
 
 
 def qed_servers(systems: Sequence[System], ours: str, against: str | None) -> list[QedServer]:
@@ -109,6 +115,7 @@ def floors(servers: Sequence[QedServer]) -> tuple[Floor, ...]:
     return (
         Floor(READS.title, newest, 3.0),
         Floor(WRITES.title, newest, 3.0),
+        Floor(CONVERTED_WRITES.title, newest, 3.0),
         Floor(NEW_WRITES.title, newest, 4.0),
         Floor(NEW_SEQUENCE.title, newest, 2.0),
         Floor(LOCAL_READS.title, OUR_RAW, 0.8),
@@ -162,7 +169,7 @@ class _Bench:
     def make_images(self) -> None:
         """Make the images that are not made anew for each turn. Raises BenchError."""
         for name in ("allocated", "overlay"):
-            run(["qemu-img", "convert", "-f", "raw", "-O", "qed", self._source, self._path(name)])
+            self._convert(name)
         # The backing file comes in when all is local: none of it is read.
         run(["qemu-img", "rebase", "-u", "-f", "qed", "-b", self._source, "-F", "raw", self._path("overlay")])
         for path in (self._source, self._path("allocated"), self._path("overlay")):
@@ -192,8 +199,11 @@ class _Bench:
 
     def measure(self, workload: QedWorkload, server: QedServer) -> tuple[float, dict[str, float]]:
         """Return the speed in the workload's unit, and what else fio tells of itself. Raises BenchError."""
+        made_anew = workload.image in ("converted", "empty")
         if workload.image == "empty":
             path = self._new_image()
+        elif workload.image == "converted":
+            path = self._convert(workload.image)
         else:
             path = self._path(workload.image)
             bring_into_cache(self._source if server.key == OUR_RAW else path)
@@ -212,7 +222,7 @@ class _Bench:
             if workload.unit != "reads/s":
                 self._check(path)
         finally:
-            if workload.image == "empty":
+            if made_anew:
                 os.unlink(path)
         side = job["read" if workload.unit == "reads/s" else "write"]
         details = latencies(side) | {"client_processors": (job["usr_cpu"] + job["sys_cpu"]) / 100}
@@ -224,6 +234,12 @@ class _Bench:
 
     def _path(self, name: str) -> str:
         return f"{self._scratch}/{name}.qed"
+
+    def _convert(self, name: str) -> str:
+        """Make an image of all the source, as large folios of the page cache have it then."""
+        path = self._path(name)
+        run(["qemu-img", "convert", "-f", "raw", "-O", "qed", self._source, path])
+        return path
 
     def _new_image(self) -> str:
         """Make an empty image, the same for everybody."""

@@ -251,3 +251,30 @@ def test_uvloop_holds_queued_views_until_they_are_sent(fd: int) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
+
+
+async def test_parting_a_folio_changes_nothing_in_the_file_and_its_views(fd: int, mapping: Mapping) -> None:
+    data = os.urandom(4 * MiB)
+    os.pwrite(fd, data, 0)
+    os.fdatasync(fd)
+    view = mapping.view(MiB, 2 * MiB)
+    for offset in (0, MiB + 5, 4 * MiB - 1):
+        mapping.part_folio(offset)
+    assert bytes(view) == data[MiB : 3 * MiB]
+    assert os.pread(fd, 5 * MiB, 0) == data
+
+
+async def test_what_is_not_in_memory_is_not_read_to_be_parted(fd: int, mapping: Mapping) -> None:
+    os.pwrite(fd, bytes(range(256)) * (4 * MiB // 256), 0)
+    os.fdatasync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert mapping.view_now(2 * MiB, 4096) is None
+    assert not mapping.part_folio(2 * MiB)
+    assert mapping.view_now(2 * MiB, 4096) is None
+
+
+async def test_behind_the_file_and_behind_the_mapping_nothing_is_parted(fd: int, mapping: Mapping) -> None:
+    assert not mapping.part_folio(MiB)
+    assert not mapping.part_folio(1 << 40)
+    mapping.close()
+    assert not mapping.part_folio(0)

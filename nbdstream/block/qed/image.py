@@ -12,6 +12,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from nbdstream.block.folios import Folios
 from nbdstream.block.locks import Sharing, take_locks
 from nbdstream.block.mapping import Mapping
 from nbdstream.block.prompt import PromptWriter
@@ -68,7 +69,7 @@ class QedImage:
         self._mapping = self._map_file()
         self.view_now = self._mapping.view_now
         """Returns a view of the file's pages at a place if they are in memory; only to be sent (see Mapping)."""
-        self.prompt = PromptWriter(file.fd, file.space.end)
+        self.prompt = PromptWriter(file.fd, file.space.end, Folios(file.fd, self._mapping.part_folio))
         """Writes into a cluster that is allocated before it returns, or says that another way must be used."""
         self._worker = Worker("qed-data", loop)
         self._barriers = Worker("qed-barrier", loop)
