@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 _WARM_BYTES = 1 << 20
 """How much of a cold range is read at a time to get it into the page cache."""
 
+_UNLINKED_AT_ONCE = 16
+"""Clusters that are looked up for one run, while some are unlinked: who reads on asks again, and the loop goes on."""
+
 _MOST_REACH = 96 << 40
 """Of the 128 TiB of address space that a process has."""
 
@@ -170,6 +173,7 @@ class QedImage:
 
     def _run_unlinked(self, cluster: int, entry: int, step: int, most: int) -> int:
         """Return how long a run is, cluster by cluster: any of them can lead elsewhere than the tables say."""
+        most = min(most, _UNLINKED_AT_ONCE)
         count = 1
         while count < most and self.entry_now(cluster + count) == entry + count * step:
             count += 1

@@ -100,6 +100,22 @@ async def test_a_run_is_clusters_that_lie_one_behind_the_other(image: QedImage) 
     assert await image.run(0, 100) == (UNALLOCATED, 10)
 
 
+async def test_while_some_are_unlinked_a_run_is_told_in_parts(image: QedImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, _ = image.allocate(3, 1)
+    image.map(3, place)
+    looked_up: list[int] = []
+    entry_now = image.entry_now
+
+    def looking(cluster: int) -> int | None:
+        looked_up.append(cluster)
+        return entry_now(cluster)
+
+    monkeypatch.setattr(image, "entry_now", looking)
+    entry, count = await image.run(4, 1 << 24)
+    assert (entry, 0 < count <= 16) == (UNALLOCATED, True)
+    assert len(looked_up) <= 17
+
+
 async def test_a_run_goes_on_over_tables_that_do_not_exist(image: QedImage) -> None:
     assert await image.run(5, 3 * SPAN - 5) == (UNALLOCATED, 3 * SPAN - 5)
 
