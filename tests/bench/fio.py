@@ -40,4 +40,4 @@ def read_report(report: str, uri: str) -> dict[str, Any]:
 def latencies(side: dict[str, Any], kind: str = "clat_ns") -> dict[str, float]:
     """Return the percentiles of one side of a job (``read``, ``write``, ``sync``), in microseconds, by name."""
     percentiles = side[kind]["percentile"]
-    return {f"p{name}_us": percentiles[f"{name}.000000"] / 1000 for name in (50, 99)}
+    return {f"p{share:g}_us": percentiles[f"{share:.6f}"] / 1000 for share in (50, 99, 99.9)}

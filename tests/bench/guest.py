@@ -96,8 +96,12 @@ SLOW_SECONDS: Final = 0.003
 lose their cache's power, take a few milliseconds for one; some others a twentieth of that."""
 
 
+PERCENTILES: Final = ("p50", "p99", "p99.9")
+"""The last one shows what stops single requests for long, and few of them."""
+
+
 def workload(load: Load, figure: str) -> Workload:
-    """One line of the table: ``figure`` is p50 or p99 or until."""
+    """One line of the table: ``figure`` is until, or one of PERCENTILES."""
     if figure == "until":
         return Workload(f"until independent, beside {load.title}", "s")
     return Workload(f"{load.title}, {figure}", "ms")
@@ -177,7 +181,7 @@ def _section(path: str, who: Sequence[Streamer], loads: Sequence[Load], slower: 
     oldest = next((each.key for each in who if each.key.startswith("block-stream")), "block-stream")
     floors = [Floor(workload(load, "p99").title, oldest, FIFTH) for load in WHOLE_DISK[:2]]
     floors += [Floor(workload(load, "until").title, oldest, SOONER) for load in WHOLE_DISK]
-    figures = [workload(load, figure) for load in loads for figure in ("p50", "p99", "until")]
+    figures = [workload(load, figure) for load in loads for figure in (*PERCENTILES, "until")]
     return Section("slow-disk" if slower else "guest", title, [*who], figures, tuple(floors))
 
 
@@ -209,8 +213,8 @@ def _measure(
         with serving(nbdkit, source), streamer.begin(disk) as uri:
             job, seconds = _guest(uri, load, overlay, scratch)
         found = latencies(job[load.side], "lat_ns" if load.side == "sync" else "clat_ns")
-        figures = {"p50": found["p50_us"] / 1e6, "p99": found["p99_us"] / 1e6, "until": seconds}
-        return figures, {"fetched_by_allocated": _bytes_read(statistics) / os.path.getsize(path)}
+        figures = {name: found[f"{name}_us"] / 1e6 for name in PERCENTILES}
+        return figures | {"until": seconds}, {"fetched_by_allocated": _bytes_read(statistics) / os.path.getsize(path)}
     finally:
         for left in (overlay, statistics, source.where, disk.guest, disk.monitor):
             with contextlib.suppress(FileNotFoundError):
