@@ -79,7 +79,7 @@ async def run(options: argparse.Namespace) -> int:
 async def _status(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
     handover = await monitor.handover()
     devices = [options.device] if handover is None or options.device else streamed(handover)
-    found = [await monitor.execute("query-status", **({"device": device} if device else {})) for device in devices]
+    found = [await monitor.status(device) for device in devices]
     if handover is None:
         return _Outcome("\n".join(describe(found[0])), found[0])
     lines = [*describe_handover(handover), *(line for status in found for line in ("", *describe(status)))]
@@ -145,13 +145,12 @@ async def _step(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
 
 async def _wait(monitor: Monitor, options: argparse.Namespace) -> _Outcome:
     try:
-        device = await monitor.device(options.device)
-        status = await monitor.execute("query-status", device=device)
+        status = await monitor.status(options.device)
         if status["status"] == "independent":
             return _independent()
         if "job" not in status:
             return _Outcome("no job streams the disk", {"outcome": "no job"}, _NOT_INDEPENDENT)
-        ours = (device, status["job"]["device"])
+        ours = (status["device"], status["job"]["device"])
         while True:
             match await monitor.next_event():
                 case _, {"device": other} if other not in ours:

@@ -53,15 +53,18 @@ class Monitor:
             self._of_handover = {"name": "x-handover-status"} in known
         return dict(await self.execute("x-handover-status")) if self._of_handover else None
 
+    async def status(self, wanted: str | None) -> dict[str, Any]:
+        """Return how far a disk is that is streamed, the first one unless one is wanted. Raises ControlError."""
+        return dict(await self.execute("query-status", **({"device": wanted} if wanted else {})))
+
     async def device(self, wanted: str | None) -> str:
-        """Return the device of a disk that is streamed, the first one unless one is wanted. Raises ControlError."""
-        chosen = {"device": wanted} if wanted else {}
-        return str((await self.execute("query-status", **chosen))["device"])
+        """Return the device of that disk. Raises ControlError."""
+        return str((await self.status(wanted))["device"])
 
     async def job(self, wanted: str | None) -> str:
         """Return the id of the first job, or that of a disk that is wanted. Raises ControlError if there is none."""
         if wanted:
-            job = (await self.execute("query-status", device=wanted)).get("job")
+            job = (await self.status(wanted)).get("job")
         else:
             job = next(iter(await self.execute("query-block-jobs")), None)
         if not job:
