@@ -16,6 +16,7 @@ from tests.support.processes import Process, nbdstream, run, wait_until
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from nbdstream.wire.handover.vocabulary import Phase
     from tests.handover.links import Link
 
 SIZE: Final = 4 << 20
@@ -144,6 +145,12 @@ class Hosts:
 
     def until(self, side: str, *states: str) -> None:
         wait_until(lambda: self.status(side)["state"] in states, f"{side} to be {states}, not {self.states()}")
+
+    def until_written(self, side: str, phase: Phase) -> None:
+        """Wait until a side has a phase in its journal: what it shows may be some milliseconds ahead of that."""
+        wait_until(
+            lambda: read_journal(self.state_directory(side)).record.phase is phase, f"{side}'s journal to say {phase}"
+        )
 
     def until_alone(self, side: str) -> None:
         """Wait until a side knows that the other is not there."""
