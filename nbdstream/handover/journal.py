@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 import time
 import zlib
 from typing import TYPE_CHECKING, Annotated, Any, Final, Generic, NamedTuple, TypeVar
@@ -116,6 +117,8 @@ class Journal:
         self._path = os.path.join(directory, "journal")
         self._lock = lock
         self._fd = -1
+        # Who gives up waiting for a thread that appends may close this meanwhile: it must not write into another file.
+        self._appending = threading.Lock()
 
     @classmethod
     def open(cls, directory: str) -> Self:
@@ -180,15 +183,18 @@ class Journal:
         """Add a record; it is durable when this returns. Raises JournalError: nothing may be done after that."""
         entry: Any = Entry(time.time(), record, note)
         try:
-            _write(self._fd, _line(entry))
-            os.fdatasync(self._fd)
+            with self._appending:
+                _write(self._fd, _line(entry))
+                os.fdatasync(self._fd)
         except OSError as error:
             raise JournalError(f"{self._path} cannot be written: {error.strerror}") from error
 
     def close(self) -> None:
-        """Let another process have it."""
-        if self._fd >= 0:
-            os.close(self._fd)
+        """Let another process have it, when what is being appended is durable."""
+        with self._appending:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = -1
         os.close(self._lock)
 
 

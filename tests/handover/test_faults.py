@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from nbdstream.wire.handover.vocabulary import Phase
 from tests.handover.hosts import HOOKS, Hosts
 from tests.handover.links import Loopback, Wire
 from tests.support.certificates import Authority
@@ -62,7 +61,6 @@ def granted(hosts: Hosts) -> None:
 
 def in_doubt(hosts: Hosts) -> None:
     granted(hosts)
-    hosts.until_written("source", Phase.GRANTED)
     hosts.kill("source")
     hosts.start("source")
     hosts.until("source", "IN-DOUBT")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -153,3 +154,37 @@ def test_a_disk_that_is_full_ends_it(directory: str) -> None:
     with pytest.raises(JournalError, match="cannot be written: No space left on device"):
         journal.append(FENCING, "")
     journal.close()
+
+
+def test_what_is_being_appended_is_whole_before_it_is_closed(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = begin(directory)
+    begun, go_on = threading.Event(), threading.Event()
+    fdatasync = os.fdatasync
+
+    def slow(fd: int) -> None:
+        begun.set()
+        go_on.wait(10)
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    appending = threading.Thread(target=journal.append, args=(FENCING, ""))
+    appending.start()
+    assert begun.wait(10)
+    closing = threading.Thread(target=journal.close)
+    closing.start()
+    closing.join(0.05)
+    assert closing.is_alive()
+    go_on.set()
+    closing.join()
+    appending.join()
+    assert records(directory) == [OFFERED, FENCING]
+
+
+def test_behind_its_end_nothing_is_appended_to_whatever_file_that_may_be(directory: str, tmp_path: Path) -> None:
+    journal = begin(directory)
+    journal.close()
+    with (tmp_path / "another").open("wb"), (tmp_path / "one more").open("wb"):
+        with pytest.raises(JournalError):
+            journal.append(FENCING, "")
+        assert records(directory) == [OFFERED]
+        assert not any((tmp_path / name).stat().st_size for name in ("another", "one more"))
