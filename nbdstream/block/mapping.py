@@ -32,11 +32,9 @@ _mmap.restype = ctypes.c_void_p
 _mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _munmap = _libc.munmap
 _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_madvise = _libc.madvise
-_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 # Not to let go of the interpreter for some microseconds: another thread would keep it for much longer.
-_madvise_now = ctypes.PyDLL(None, use_errno=True).madvise
-_madvise_now.argtypes = _madvise.argtypes
+_madvise = ctypes.PyDLL(None, use_errno=True).madvise
+_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class _Pages:
@@ -114,10 +112,10 @@ class Mapping:
             return False
         page = self._address + offset
         begun = time.monotonic()
-        if _madvise_now(page, mmap.PAGESIZE, _MADV_POPULATE_READ):
+        if _madvise(page, mmap.PAGESIZE, _MADV_POPULATE_READ):
             return False
         mapped = time.monotonic()
-        _madvise_now(page, mmap.PAGESIZE, _MADV_COLD)
+        _madvise(page, mmap.PAGESIZE, _MADV_COLD)
         return time.monotonic() - mapped > mapped - begun
 
     @property

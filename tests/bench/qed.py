@@ -51,33 +51,14 @@ class QedWorkload(Workload):
     """How much is written, as a share of the disk; 0: for as long as every run of fio is."""
 
 
-READS = QedWorkload(
-    "4 KiB random reads of an allocated image in single pages",
-    "reads/s",
-    "allocated",
-    ("--rw=randread", "--bs=4k", "--iodepth=32"),
-)
-WRITES = QedWorkload(
-    "4 KiB random writes to an allocated image in single pages",
-    "writes/s",
-    "allocated",
-    ("--rw=randwrite", "--bs=4k", "--iodepth=32"),
-)
-CONVERTED_READS = QedWorkload(
-    "4 KiB random reads of an image just converted",
-    "reads/s",
-    "converted",
-    ("--rw=randread", "--bs=4k", "--iodepth=32"),
-)
-CONVERTED_WRITES = QedWorkload(
-    "4 KiB random writes to an image just converted",
-    "writes/s",
-    "converted",
-    ("--rw=randwrite", "--bs=4k", "--iodepth=32"),
-)
-NEW_WRITES = QedWorkload(
-    "4 KiB random writes to an empty image", "writes/s", "empty", ("--rw=randwrite", "--bs=4k", "--iodepth=32"), 1 / 32
-)
+_READ = ("--rw=randread", "--bs=4k", "--iodepth=32")
+_WRITE = ("--rw=randwrite", "--bs=4k", "--iodepth=32")
+
+READS = QedWorkload("4 KiB random reads of an allocated image in single pages", "reads/s", "allocated", _READ)
+WRITES = QedWorkload("4 KiB random writes to an allocated image in single pages", "writes/s", "allocated", _WRITE)
+CONVERTED_READS = QedWorkload("4 KiB random reads of an image just converted", "reads/s", "converted", _READ)
+CONVERTED_WRITES = QedWorkload("4 KiB random writes to an image just converted", "writes/s", "converted", _WRITE)
+NEW_WRITES = QedWorkload("4 KiB random writes to an empty image", "writes/s", "empty", _WRITE, 1 / 32)
 NEW_SEQUENCE = QedWorkload(
     "1 MiB sequential writes to an empty image",
     "bytes/s",
@@ -85,9 +66,7 @@ NEW_SEQUENCE = QedWorkload(
     ("--rw=write", "--bs=1m", "--iodepth=16"),
     1 / 2,
 )
-LOCAL_READS = QedWorkload(
-    "4 KiB random reads of an overlay, all local", "reads/s", "overlay", ("--rw=randread", "--bs=4k", "--iodepth=32")
-)
+LOCAL_READS = QedWorkload("4 KiB random reads of an overlay, all local", "reads/s", "overlay", _READ)
 WORKLOADS = (CONVERTED_READS, CONVERTED_WRITES, READS, WRITES, NEW_WRITES, NEW_SEQUENCE, LOCAL_READS)
 
 

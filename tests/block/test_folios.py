@@ -6,11 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from nbdstream.block import folios as folios_module
+from nbdstream.block import prompt
 from nbdstream.block.folios import PIECE_SHIFT, Folios, walks_folios
+from nbdstream.block.prompt import PromptWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PIECE = 1 << PIECE_SHIFT
 
@@ -18,27 +24,31 @@ PIECE = 1 << PIECE_SHIFT
 class Disk:
     """Writes at a time that stands still, and which folios were asked to be parted for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, fd: int) -> None:
         self.now = 100.0
         self.large = True
         self.asked: list[int] = []
-        self.folios = Folios(0, self.part)
+        self.folios = Folios(fd, self.part)
+        self._writer = PromptWriter(fd, 0, self.folios)
+
+    def monotonic(self) -> float:
+        return self.now
 
     def part(self, offset: int) -> bool:
         self.asked.append(offset)
         return self.large
 
     def write(self, offset: int) -> None:
-        """Ask as somebody who writes does."""
-        folios = self.folios
-        if self.now >= folios.until or (folios.trying and offset >> PIECE_SHIFT not in folios.known):
-            folios.part(offset, self.now)
+        assert self._writer.write(bytes(4096), offset)
 
 
 @pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     monkeypatch.setattr(folios_module, "walks_folios", lambda _fd: True)
-    return Disk()
+    with (tmp_path / "disk").open("wb") as file:
+        disk = Disk(file.fileno())
+        monkeypatch.setattr(prompt, "time", disk)
+        yield disk
 
 
 def test_each_piece_is_parted_once(disk: Disk) -> None:

@@ -84,8 +84,8 @@ async def test_each_of_two_disks_has_a_device_and_a_job_of_its_own(tmp_path: Pat
         await rig.prepared()
         assert await run("query-block-jobs") == []
         await rig.source.command(Fence())
+        await rig.until(lambda: rig.phases() == (Phase.ACCEPTED, Phase.HYDRATING))
         await rig.until(lambda: all(disk.stream and disk.stream.job for disk in rig.destination.disks))
-        assert rig.phases()[1] is Phase.HYDRATING
         assert [job["device"] for job in await run("query-block-jobs")] == ["disk0", "disk1"]
         assert (await run("query-status"))["path"] == rig.overlays[0]
         assert (await run("query-status", device="disk1"))["path"] == rig.overlays[1]
