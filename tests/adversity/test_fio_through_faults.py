@@ -17,6 +17,7 @@ from nbdstream.server.tls import TlsPolicy, server_context
 from nbdstream.stream import source as source_module
 from nbdstream.stream.disk import DiskStream
 from nbdstream.stream.events import JobStatus, StatusChanged
+from nbdstream.stream.fetch import Fetches
 from nbdstream.stream.preparation import create_overlay
 from nbdstream.stream.source import SourceOptions
 from tests.support import frames
@@ -53,6 +54,12 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_module, "_FIRST_PAUSE_SECONDS", 0.01)
 
 
+@pytest.fixture(autouse=True)
+def no_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest whose random reads look like a sequence would have all of so small a disk before the job begins."""
+    monkeypatch.setattr(Fetches, "_read_ahead", lambda *_: None)
+
+
 class Faults:
     """Strikes once in each phase, in one after the other. All but the waiting happens in the proxy's thread."""
 
@@ -86,7 +93,8 @@ class Faults:
 
     def happened(self, event: Event) -> None:
         """Strike when nothing is remote any more; a listener of the disk."""
-        if isinstance(event, StatusChanged) and event.status is JobStatus.WAITING:
+        all_is_local = isinstance(event, StatusChanged) and event.status is JobStatus.WAITING
+        if all_is_local and self._phases[:1] == ["independence"]:
             self.struck.append(self._phases.pop(0))
             self._proxy.cut()
 
