@@ -15,10 +15,10 @@ _BLOCK = 1 << 20
 _BLOCK_PAGES = _BLOCK // _PAGE
 # A block that was seen in memory is trusted for so many seconds: what was read just now is evicted last.
 _TRUST_SECONDS = 1.0
-# A whole block is asked for from this many questions on: where two reads were, more follow (a guest's, of a disk that
-# is in memory), and a whole block costs what eleven pages do.
+# A whole block is asked for from this many questions on: where two reads were, more follow, and it costs what eleven
+# pages do.
 _ASK_WHOLE_AFTER = 2
-# and when that was in vain (it has a hole, or the file ends in it), only after this many more.
+# When that was in vain (it has a hole, or the file ends in it), it is asked for only after this many more.
 _ASK_WHOLE_AGAIN = 64
 # Blocks in the table; when it is full it starts afresh, so its size does not follow the disk's.
 _TABLE_LIMIT = 1 << 16
